@@ -1,0 +1,48 @@
+# Set-up is in launch/setup_env.sh: it makes .venv once and again only when setup.py or
+# requirements/ change. `make demo PYTHON=/path/to/python3` builds on that interpreter.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu bench lint format clean distclean
+
+# ninja and the deepspeed launcher are found on PATH.
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+CHOSEN_PYTHON := $(or $(PYTHON),python3)
+TESTS := not gpu and not cluster$(if $(SLOW),, and not slow)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv (PYTHON=..., GENRECAL_TORCH_INDEX=...); demo and test do it by themselves
+	@PYTHON='$(PYTHON)' launch/setup_env.sh
+
+demo: setup ## a whole distillation at toy size on the CPU, with a table at the end
+	$(IN_VENV) .venv/bin/python -m launch.demo.run
+
+test: setup ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
+	.venv/bin/ruff check .
+	.venv/bin/python -m mypy
+	$(IN_VENV) .venv/bin/python -m pytest -m '$(TESTS)'
+
+test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
+	$(CHOSEN_PYTHON) -m pytest -m gpu
+
+bench: ## time the ops on a GPU, on PYTHON as it is (default python3); no set-up
+	$(CHOSEN_PYTHON) -m benchmarks.run
+
+lint: setup ## ruff check, ruff format --check, mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m mypy
+
+format: setup ## let ruff format the code and mend what it can
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+clean: ## remove caches and build output; .venv and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -not -path './runs/*' -prune \
+		-exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf .venv

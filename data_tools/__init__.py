@@ -1,0 +1,1 @@
+"""Building, verifying and inspecting shards: build.py, verify.py, inspect.py, and sources/."""

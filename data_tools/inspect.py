@@ -1,0 +1,107 @@
+"""Show a folder of shards in the terminal: shards, kinds, and one decoded sample.
+
+Text from the data is printed with control characters escaped, so it cannot steer the terminal.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.reader import BadSample, Sample, ShardReader
+from genrecal_ds.errors import UserError
+
+EXAMPLE = """example:
+  python -m data_tools.inspect shards/train --sample 12
+"""
+MAX_SHARD_ROWS = 10
+
+
+def printable(text: str) -> str:
+    """The text with everything unprintable (control, bidi, lone surrogates) as an escape."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def overview(index: ShardIndex) -> Table:
+    """One row per shard (the first ones) and their total."""
+    table = Table("shard", "samples", "bytes", title=Text(printable(str(index.directory))))
+    for shard in index.shards[:MAX_SHARD_ROWS]:
+        table.add_row(shard.name, f"{shard.count:,}", f"{shard.num_bytes:,}")
+    if len(index.shards) > MAX_SHARD_ROWS:
+        table.add_row(f"... {len(index.shards) - MAX_SHARD_ROWS} more", "", "")
+    total = sum(shard.num_bytes for shard in index.shards)
+    table.add_section()
+    table.add_row(f"{len(index.shards)} shards", f"{len(index):,}", f"{total:,}")
+    return table
+
+
+def kinds(index: ShardIndex) -> Table:
+    """One row per kind: counts by number of images, mean text, largest picture."""
+    table = Table("kind", "samples", "text only", "1 image", "2+ images", "text bytes", "max size")
+    for code, name in enumerate(index.kinds):
+        records = index.records[index.records["kind"] == code]
+        by_class = np.bincount(np.minimum(records["num_images"], 2), minlength=3)
+        largest = f"{records['max_width'].max()}x{records['max_height'].max()}"
+        table.add_row(
+            Text(printable(name)),
+            f"{len(records):,}",
+            *(f"{count:,}" for count in by_class),
+            f"{records['text_bytes'].mean():.0f}",
+            largest,
+        )
+    return table
+
+
+def example(sample: Sample) -> Table:
+    """The sample's fields and turns, one a row; a picture shows as [image WxH]."""
+    table = Table("field", "value", title=Text(printable(sample.key)))
+    table.add_row("kind", Text(printable(sample.kind)))
+    table.add_row("answers", Text(printable(repr(sample.answers))))
+    images = iter(sample.images)
+    for message in sample.messages:
+        parts = [
+            part["text"] if part["type"] == "text" else "[image {}x{}]".format(*next(images).size)
+            for part in message["content"]
+        ]
+        table.add_row(message["role"], Text(printable(" ".join(parts))))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code is 0, 1 (the sample is bad) or 2 (a user's mistake)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.inspect",
+        description="Show shards, kinds and one decoded sample of a folder.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--sample", type=int, default=0, metavar="I", help="number of the example")
+    args = parser.parse_args(argv)
+    try:
+        index = ShardIndex.load(args.directory)
+        if not 0 <= args.sample < len(index):
+            raise UserError(f"--sample {args.sample}: {args.directory} has 0..{len(index) - 1}")
+        sample = ShardReader(index).read(args.sample)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BadSample as error:
+        print(error, file=sys.stderr)
+        return 1
+    console = Console()
+    for table in (overview(index), kinds(index), example(sample)):
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Scenes of real handwritten digits (scikit-learn's load_digits) with questions about them.
+
+A scene is a 2 x 2 grid of digit images. The source images, not the scenes, are divided into
+train, validation and heldout: no handwriting is ever seen in two splits. Kinds of questions,
+after the benchmarks they imitate:
+
+    place    VQAv2: which digit is where          largest  VQAv2: compare, with reasoning
+    read     TextVQA: read the number of a row    row_sum, column_sum  OK-VQA: arithmetic
+    box      RefCOCO+: where is the digit, as a box in pixels
+    sum_text text only: no picture at all
+"""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_tools.sources import RawSample
+
+CELL = 16  # pixels; a digit image is 8 x 8, enlarged to 14 with a jitter of one pixel
+ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
+KINDS = ("place", "largest", "read", "row_sum", "column_sum", "box")
+TEXT_SHARE, TWO_TURN_SHARE = 0.03, 0.15
+_SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "heldout": (0.8, 1.0)}
+
+
+def samples(
+    split: str, num_samples: int, seed: int, kinds: tuple[str, ...] | None = None
+) -> Iterator[RawSample]:
+    """num_samples conversations, the same for the same arguments. Raises ValueError for a name.
+
+    heldout and validation have one turn and a picture each, so that a score has one meaning.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split {split!r}; there are {', '.join(_SPLITS)}")
+    kinds = kinds or KINDS
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"kinds {sorted(unknown)}; there are {', '.join(KINDS)}")
+    pixels, labels, sources = load_split(split)
+    generator = np.random.default_rng([seed, list(_SPLITS).index(split)])
+    for number in range(num_samples):
+        mixes = split == "train"
+        if mixes and generator.random() < TEXT_SHARE:
+            yield _text_only(generator, f"{split}-{number}")
+            continue
+        chosen = generator.integers(len(labels), size=4)
+        grid = labels[chosen].reshape(2, 2)
+        turns = 2 if mixes and generator.random() < TWO_TURN_SHARE else 1
+        picked = [kinds[generator.integers(len(kinds))] for _ in range(turns)]
+        asked = [_ask(kind, grid, generator) for kind in picked]
+        identity = "-".join(str(sources[i]) for i in chosen)
+        yield RawSample(
+            images=[("png", _scene(pixels[chosen], generator))],
+            messages=_messages(asked),
+            kind=picked[-1],
+            answers=[asked[-1][2]],
+            source_id=f"digits-{identity}",
+        )
+
+
+def load_split(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pixels uint8 [n, 8, 8], labels [n], source numbers [n]) of the split's digit images."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = np.random.default_rng(20150618).permutation(len(data.target))
+    first, last = (round(share * len(order)) for share in _SPLITS[split])
+    chosen = order[first:last]
+    pixels = np.clip(data.images[chosen] * 16, 0, 255).astype(np.uint8)
+    return pixels, data.target[chosen], chosen
+
+
+def _ask(kind: str, grid: np.ndarray, generator: np.random.Generator) -> tuple[str, str, str]:
+    """(question, answer as taught, final answer as scored)."""
+    row, column = generator.integers(2, size=2)
+    digit = int(grid[row, column])
+    if kind == "place":
+        return f"what digit is {ROWS[row]} {COLUMNS[column]} ?", f"{digit}", f"{digit}"
+    if kind == "read":
+        number = "".join(map(str, grid[row]))
+        return f"what number is in the {ROWS[row]} row ?", number, number
+    if kind == "largest":
+        shown, best = " ".join(map(str, grid.ravel())), str(grid.max())
+        return "which digit is the largest ?", f"of {shown} it is {best}", best
+    if kind == "box":
+        unique = [p for p in np.ndindex(2, 2) if (grid == grid[p]).sum() == 1]
+        if unique:
+            row, column = unique[generator.integers(len(unique))]
+        box = f"{column * CELL} {row * CELL} {(column + 1) * CELL} {(row + 1) * CELL}"
+        return f"where is the {int(grid[row, column])} ?", box, box
+    line, name = (grid[row], ROWS[row]) if kind == "row_sum" else (grid[:, column], COLUMNS[column])
+    word = "row" if kind == "row_sum" else "column"
+    total = f"{line.sum()}"
+    return (
+        f"what is the sum of the {name} {word} ?", f"{line[0]} plus {line[1]} is {total}", total,
+    )  # fmt: skip
+
+
+def _messages(asked: list[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for turn, (question, answer, _) in enumerate(asked):
+        picture = [{"type": "image"}] if turn == 0 else []
+        content = [*picture, {"type": "text", "text": question}]
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _text_only(generator: np.random.Generator, identity: str) -> RawSample:
+    first, second = generator.integers(10, size=2)
+    total = str(first + second)
+    asked = (f"what is {first} plus {second} ?", f"{first} plus {second} is {total}", total)
+    messages = _messages([asked])
+    messages[0]["content"] = messages[0]["content"][1:]
+    return RawSample([], messages, "sum_text", [total], identity)
+
+
+def _scene(digits: np.ndarray, generator: np.random.Generator) -> bytes:
+    """Four digits with jitter, contrast and a tinted background, as PNG."""
+    canvas = np.zeros((2 * CELL, 2 * CELL), np.float32)
+    for position, digit in enumerate(digits):
+        enlarged = Image.fromarray(digit).resize((14, 14), Image.Resampling.BILINEAR)
+        top, left = generator.integers(0, 3, size=2)
+        y, x = divmod(position, 2)
+        canvas[y * CELL + top : y * CELL + top + 14, x * CELL + left : x * CELL + left + 14] = enlarged
+    ink = generator.uniform(0.75, 1.0)
+    paper = generator.uniform(0, 40, size=3)
+    color = paper + canvas[..., None] / 255.0 * (255.0 * ink - paper)
+    buffer = io.BytesIO()
+    Image.fromarray(color.round().astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,104 @@
+"""Scan a folder of shards whole: file hashes, every sample's crc32 and decoding, its tar keys.
+
+Prints one line per defect. The keys are also read sequentially with webdataset's own stages, as
+any webdataset user would, and must be the same in the same order.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.build import progress_bar
+from genrecal_ds.data.index import ShardIndex, file_sha256
+from genrecal_ds.data.reader import TAR_ERRORS, BadSample, ShardReader, tar_stages
+from genrecal_ds.errors import UserError
+
+EXAMPLE = """example:
+  python -m data_tools.verify shards/train
+"""
+
+
+def defects(index: ShardIndex, reader: ShardReader) -> Iterator[str | None]:
+    """Scan shard by shard: one item per sample, a line for a bad one and None for a sound one.
+
+    Lines about whole files come in between.
+    """
+    yield from index.file_defects()
+    seen: set[str] = set()
+    numbers = index.records["shard"]
+    for shard_number, shard in enumerate(index.shards):
+        path = index.directory / shard.name
+        if not path.is_file() or path.is_symlink():
+            continue  # file_defects has named it
+        if (found := file_sha256(path)) != shard.sha256:
+            yield f"{path}: sha256 {found} is not the manifest's {shard.sha256}"
+        keys = []
+        for i in np.flatnonzero(numbers == shard_number):
+            try:
+                key = reader.read(int(i)).key
+            except BadSample as error:
+                yield str(error)
+                continue
+            keys.append(key)
+            yield f"{path}: key {key} occurs twice" if key in seen else None
+            seen.add(key)
+        # with bad samples, already listed, the two readings cannot agree
+        if len(keys) == shard.count and (defect := _sequential_defect(path, keys)):
+            yield defect
+
+
+def _sequential_defect(path: Path, keys: list[str]) -> str | None:
+    """Compare the index's keys with what plain webdataset reads from the file."""
+    expand, group = tar_stages()
+    with path.open("rb") as stream:
+        try:
+            found = [
+                sample["__key__"]
+                for sample in group(expand([{"url": path.name, "stream": stream}]))
+            ]
+        except TAR_ERRORS as error:
+            return f"{path}: webdataset cannot read it: {type(error).__name__}: {error}"[:300]
+    if found != keys:
+        return f"{path}: webdataset's {len(found)} keys are not the index's {len(keys)}"
+    return None
+
+
+def run(directory: Path) -> int:
+    """Print every defect and a summary; 0 when there is none, else 1."""
+    index = ShardIndex.load(directory, check_files=False)
+    num_defects = 0
+    with progress_bar() as progress:
+        task = progress.add_task("verifying", total=len(index))
+        for line in defects(index, ShardReader(index)):
+            if line is None:
+                progress.advance(task)
+            else:
+                num_defects += 1
+                print(line)
+    verdict = f"{num_defects} defects" if num_defects else "sound"
+    print(f"{directory}: {len(index.shards)} shards, {len(index)} samples, {verdict}")
+    return 1 if num_defects else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code is 0 (sound), 1 (defects) or 2 (no readable folder)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.verify",
+        description="Check every byte of a folder of shards; lists each defect.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR")
+    args = parser.parse_args(argv)
+    try:
+        return run(args.directory)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

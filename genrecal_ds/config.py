@@ -1,0 +1,339 @@
+"""The recipe: one YAML per run, validated whole before torch is imported.
+
+File order: the tree (pydantic models), its cross-field rules, then reading (YAML + overrides).
+A renamed key is an unknown key; the error names the nearest valid one. Every number has one
+owner: batch sizes, learning rates and precision live here, never in ds_configs/*.json.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from genrecal_ds.errors import UserError
+
+Component = Literal["vision", "projector", "embeddings", "layers", "norm", "head"]
+StageKind = Literal["pretrain", "align", "distill", "sft"]
+Regularizer = Literal["none", "ce", "kl", "ce+kl", "mse"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSource(Section):
+    """A Hugging Face folder: config, safetensors, tokenizer, processor, chat template."""
+
+    path: Path
+    max_length: int = Field(2048, gt=0)  # tokens, images included; longer: whole turns dropped
+
+
+class DataConfig(Section):
+    train: Path  # a folder made by data_tools.build
+    validation: Path | None = None
+    num_workers: int = Field(0, ge=0)  # DataLoader workers per rank
+
+
+class BatchConfig(Section):
+    global_batch: int = Field(gt=0)  # samples of one optimizer step over all ranks
+    micro_batch: int = Field(gt=0)  # samples of one forward on one rank
+
+
+class RecalibratorConfig(Section):
+    depth: int = Field(2, gt=0)  # decoder blocks of the Rec-body
+
+
+class LossConfig(Section):
+    """Weights of the terms; 0 switches a term off and skips its work (the paper's ablations)."""
+
+    ar: float = Field(1.0, ge=0)  # L_ar, cross entropy through the teacher's head
+    kl: float = Field(1.0, ge=0)  # L_kl, forward KL through the teacher's head
+    regularizer: Regularizer = "ce+kl"  # form of the regular pass of stage 1 (Algorithm 2)
+    student_ce: float = Field(1.0, ge=0)
+    first_token_ce: float = Field(0.0, ge=0)  # extra CE weight on each turn's first answer token
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-4, gt=0)
+    final_lr: float = Field(1e-5, ge=0)  # linear decay from lr, no warm-up
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)  # never on norms and biases
+    clip: float = Field(1.0, ge=0)  # global gradient norm; 0 = off
+
+
+class StageConfig(Section):
+    """One stage. `student` starts it: a folder, or `stage:NAME` for an earlier stage's export."""
+
+    kind: StageKind
+    name: str = ""
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    student: str | None = None  # default: the stage before, else the recipe's student
+    recalibrator: str | None = None  # default: the latest stage before that trained one
+    train: tuple[Component, ...] | None = None  # default: training/stages.py
+    losses: LossConfig = LossConfig()
+    lr: float | None = Field(None, gt=0)
+    final_lr: float | None = Field(None, ge=0)
+    global_batch: int | None = Field(None, gt=0)
+    micro_batch: int | None = Field(None, gt=0)
+    data: Path | None = None  # other shards than data.train (the paper's stage 3)
+    seed: int | None = None  # of the sample order; default: the recipe's seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_defaults_to_kind(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("name"):
+            values = {**values, "name": values.get("kind", "")}
+        return values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if not self.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"name {self.name!r}: letters, digits, - and _ only (it names a folder)")
+        losses = self.losses
+        if self.kind in ("align", "distill") and losses.ar == losses.kl == 0:
+            raise ValueError("losses.ar and losses.kl are both 0: nothing teaches the Recalibrator")
+        if self.kind in ("pretrain", "sft") and losses.student_ce == 0:
+            raise ValueError("losses.student_ce is 0: this stage has no other term")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kind in ("align", "distill")
+
+
+class DeepSpeedConfig(Section):
+    """Names of files in ds_configs/ (without .json), or paths to your own."""
+
+    student: str = "student_zero3"
+    teacher: str = "teacher_zero3"
+
+
+class LogConfig(Section):
+    every: int = Field(1, gt=0)  # steps per jsonl line
+    gradient_norms_every: int = Field(0, ge=0)  # student's gradient norm per term; 0 = off
+    validate_every: int = Field(0, ge=0)  # validation loss; 0 = only at the end of a stage
+    validation_samples: int = Field(256, gt=0)
+    tensorboard: bool = False
+    wandb: str | None = None  # the project's name
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)  # steps; 0 = only the stage's result
+    keep: int = Field(2, gt=0)
+
+
+class Recipe(Section):
+    """The whole run. See docs/configuration.md for every key."""
+
+    run_dir: Path
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    resume: Literal["auto", "never"] = "auto"
+    profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
+    teacher: ModelSource | None = None
+    student: ModelSource
+    data: DataConfig
+    batch: BatchConfig
+    recalibrator: RecalibratorConfig = RecalibratorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _cross_field_rules(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"stages: duplicate name {sorted(duplicates)}; give each a name")
+        for position, stage in enumerate(self.stages):
+            if stage.needs_teacher and self.teacher is None:
+                raise ValueError(f"stages.{stage.name}: kind {stage.kind} needs teacher.path")
+            for key in ("student", "recalibrator"):
+                source = getattr(stage, key)
+                if source and source.startswith("stage:") and source[6:] not in names[:position]:
+                    raise ValueError(
+                        f"stages.{stage.name}.{key}: {source} is not an earlier stage; "
+                        f"earlier: {names[:position]}"
+                    )
+        if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
+            raise ValueError("teacher.path and student.path are the same folder; name two models")
+        if self.profile:
+            first, last = map(int, self.profile.split(":"))
+            if first >= last:
+                raise ValueError("profile: a:b needs a < b")
+        return self
+
+    def micro_batch(self, stage: StageConfig) -> int:
+        return stage.micro_batch or self.batch.micro_batch
+
+    def global_batch(self, stage: StageConfig) -> int:
+        return stage.global_batch or self.batch.global_batch
+
+    def accumulation_steps(self, stage: StageConfig, world_size: int) -> int:
+        """Micro-steps of one optimizer step on each rank.
+
+        Raises UserError, listing the sizes that work, when they do not divide.
+        """
+        micro, total = self.micro_batch(stage), self.global_batch(stage)
+        unit = micro * world_size
+        if total % unit:
+            below = total // unit * unit
+            sizes = sorted({size for size in (below, below + unit, below + 2 * unit) if size > 0})
+            raise UserError(
+                f"stage {stage.name}: batch.global_batch {total} is not a multiple of micro_batch "
+                f"{micro} x {world_size} ranks; sizes that are: {', '.join(map(str, sizes))}, ..."
+            )
+        return total // unit
+
+    def student_source(self, stage: StageConfig) -> str:
+        """Folder, or stage:NAME, that the stage's student is loaded from."""
+        if stage.student:
+            return stage.student
+        position = self.stages.index(stage)
+        return f"stage:{self.stages[position - 1].name}" if position else str(self.student.path)
+
+    def recalibrator_source(self, stage: StageConfig) -> str | None:
+        """Folder, or stage:NAME, that the Recalibrator is loaded from; None = a fresh one."""
+        if stage.recalibrator or not stage.needs_teacher:
+            return stage.recalibrator
+        earlier = [s for s in self.stages[: self.stages.index(stage)] if s.needs_teacher]
+        return f"stage:{earlier[-1].name}" if earlier else None
+
+
+def check_folders(recipe: Recipe) -> None:
+    """Refuse missing model and data folders before anything heavy is imported."""
+    sources = {"student.path": recipe.student.path}
+    if recipe.teacher and any(stage.needs_teacher for stage in recipe.stages):
+        sources["teacher.path"] = recipe.teacher.path
+    for key, folder in sources.items():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{key}: {folder} has no config.json; name a Hugging Face model folder")
+    shards = {"data.train": recipe.data.train, "data.validation": recipe.data.validation}
+    shards |= {f"stages.{stage.name}.data": stage.data for stage in recipe.stages}
+    for key, path in shards.items():
+        if path is not None and not (path / "manifest.json").is_file():
+            raise UserError(f"{key}: {path} has no manifest.json; build it: python -m data_tools.build")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply dotted overrides (`batch.micro_batch=4`, `stages.align.steps=9`).
+
+    Relative paths are kept as written, relative to the working directory.
+    Raises UserError with one line naming the file, the key and the fix.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys; see launch/recipes/")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Recipe.model_validate(_expand_environment(tree))
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_error(error)}") from None
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: write key=value, for example batch.micro_batch=4")
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, key)
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        node[_position(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, key)]
+    child = node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise UserError(f"override {key}: {part} holds {child!r}, not a section")
+    return child
+
+
+def _position(items: list, part: str, key: str) -> int:
+    """Stages are named by their name, their kind or their number."""
+    for position, item in enumerate(items):
+        if isinstance(item, dict) and part in (item.get("name"), item.get("kind"), str(position)):
+            return position
+    names = [item.get("name") or item.get("kind") for item in items if isinstance(item, dict)]
+    raise UserError(f"override {key}: no stage {part!r}; there are {names}")
+
+
+def _expand_environment(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _expand_environment(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_expand_environment(value) for value in node]
+    return os.path.expandvars(node) if isinstance(node, str) else node
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location) or "recipe"
+    if first["type"] == "extra_forbidden":
+        valid = list(_fields_at(first["loc"][:-1]))
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{key}: missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = first.get("input")
+    got = f" (got {shown!r})" if isinstance(shown, str | int | float | bool | None) else ""
+    return f"{key}: {message}{got}"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """Field names of the section at a pydantic error location."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def load_ds_config(name: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON by packaged name or path. Structure only; raises UserError otherwise."""
+    packaged = Path(__file__).resolve().parent.parent / "ds_configs" / f"{name}.json"
+    path = Path(name) if name.endswith(".json") else packaged
+    if not path.is_file():
+        known = sorted(file.stem for file in packaged.parent.glob("*.json"))
+        raise UserError(f"deepspeed: no file {path}; packaged names: {', '.join(known)}")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    owned = {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "bf16", "fp16", "optimizer", "scheduler", "gradient_clipping",
+    }  # fmt: skip
+    if stated := sorted(owned & config.keys()):
+        raise UserError(f"{path}: {stated[0]} belongs to the recipe (YAML), remove it here")
+    return config

@@ -1,0 +1,242 @@
+"""Pairs become one micro-batch: padded sides, loss rows, and the Recalibrator's packing.
+
+Everything that depends on lengths is decided here, on the CPU: later rooms only gather, and no
+kernel waits for a number from the device.
+
+Shapes: B conversations, T teacher length, S student length, A teacher rows entering the
+Recalibrator, N teacher loss rows (one pass), M student loss rows, P packed rows.
+
+The row shift (paper section 3.3, our choice (c)): a hidden state predicts the NEXT token, so the
+loss rows of turn k are the last row of q_k, then the rows of a_k but its last. Their labels are
+all tokens of a_k. The first of them is the BOUNDARY row, the only one that hears the student.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genrecal_ds.data.pair import EncodedChat, Pair
+
+IGNORE = -100  # label of rows that teach nothing
+
+
+class Packing(NamedTuple):
+    """Where every packed row comes from, and which rows predict.
+
+    A packed sequence is `q1 a1 q2 a2 .. qK aK` of one conversation, `a` always the teacher's.
+    The mixed sequences (q of the student) come first; stage 1 adds the regular ones (q of the
+    teacher), with the same loss rows in the same order.
+    """
+
+    source_P: Tensor  # int32; i >= 0: student row i of [B*S]; i < 0: teacher row -i-1 of [A]
+    sequence_P: Tensor  # int64; the packed sequence of each row
+    position_ids_P: Tensor  # int64; NPE: 0..n-1 within each sequence
+    loss_rows: Tensor  # int64 [N], or [2N] with the regular pass
+    num_sequences: int
+    max_seqlen: int
+
+
+class SideBatch(NamedTuple):
+    """One model's inputs, right-padded."""
+
+    input_ids: Tensor  # int64 [B, T]
+    attention_mask: Tensor  # int64 [B, T]
+    vision: dict[str, Tensor]
+
+
+class TeacherBatch(NamedTuple):
+    """What the teacher reads, and which of its rows are used for what."""
+
+    inputs: SideBatch
+    rows_A: Tensor  # int64, flat in [B*T]: answer rows, then (regular pass) question rows
+    targets_N: Tensor  # int64, flat in [B*T]: the teacher's own rows z that predict the labels
+    labels_N: Tensor  # int64 in the teacher's vocabulary, IGNORE for placeholders
+    boundary_N: Tensor  # bool: the first loss row of a turn
+    packing: Packing
+
+
+class StudentBatch(NamedTuple):
+    inputs: SideBatch
+    rows_M: Tensor  # int64, flat in [B*S]: rows that predict the student's answer tokens
+    labels_M: Tensor  # int64 in the student's vocabulary, IGNORE for placeholders
+    boundary_M: Tensor  # bool
+
+
+class PairBatch(NamedTuple):
+    """One micro-batch. Counts are of real rows only; they normalise the step's loss."""
+
+    student: StudentBatch
+    teacher: TeacherBatch | None
+    num_samples: int
+    num_student_rows: int
+    num_teacher_rows: int
+    rejects: tuple[str, ...] = ()  # reasons of the samples that could not be used
+
+
+def collate(
+    pairs: list[Pair],
+    placeholder: Pair,
+    vision_rules: tuple[dict[str, str] | None, dict[str, str]],
+    with_regular: bool,
+    rejects: tuple[str, ...] = (),
+) -> PairBatch:
+    """A micro-batch of any composition that calls the same modules on every rank.
+
+    vision_rules: (teacher's, student's), key -> rows | tiles (models/families.py).
+    Without a picture (or a sample) the placeholder joins, with labels that teach nothing:
+    a rank whose vision tower stays silent leaves the others waiting in its all-gather.
+    """
+    if not any(pair.student.vision for pair in pairs):
+        pairs = [*pairs, placeholder]
+    student = _student_batch(pairs, vision_rules[1])
+    teacher = None
+    if placeholder.teacher is not None:
+        teacher = _teacher_batch(pairs, vision_rules[0] or {}, student, with_regular)
+    return PairBatch(
+        student,
+        teacher,
+        num_samples=sum(not pair.is_placeholder for pair in pairs),
+        num_student_rows=int((student.labels_M != IGNORE).sum()),
+        num_teacher_rows=int((teacher.labels_N != IGNORE).sum()) if teacher else 0,
+        rejects=rejects,
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A copy of a (nested) batch with its tensors on `device`, asynchronously where pinned."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    return batch
+
+
+def _student_batch(pairs: list[Pair], rules: dict[str, str]) -> StudentBatch:
+    inputs = _pad_side([pair.student for pair in pairs], rules)
+    rows, labels, boundary = _loss_rows(pairs, [p.student for p in pairs], inputs)
+    return StudentBatch(inputs, rows, labels, boundary)
+
+
+def _teacher_batch(
+    pairs: list[Pair], rules: dict[str, str], student: StudentBatch, with_regular: bool
+) -> TeacherBatch:
+    views = [pair.teacher for pair in pairs if pair.teacher is not None]
+    inputs = _pad_side(views, rules)
+    targets, labels, boundary = _loss_rows(pairs, views, inputs)
+    width = inputs.input_ids.shape[1]
+    answer_rows = [_rows(view.answers, b * width) for b, view in enumerate(views)]
+    question_rows = [_rows(view.questions, b * width) for b, view in enumerate(views)]
+    rows = answer_rows + (question_rows if with_regular else [])
+    student_width = student.inputs.input_ids.shape[1]
+    packing = _pack(pairs, student_width, with_regular)
+    return TeacherBatch(inputs, _tensor(np.concatenate(rows)), targets, labels, boundary, packing)
+
+
+def _pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
+    longest = max(len(view.input_ids_T) for view in views)
+    input_ids = torch.empty(len(views), longest, dtype=torch.int64)
+    attention_mask = torch.zeros(len(views), longest, dtype=torch.int64)
+    per_token = {
+        key: torch.zeros(len(views), longest, dtype=torch.int64) for key in views[0].per_token
+    }
+    for b, view in enumerate(views):
+        length = len(view.input_ids_T)
+        input_ids[b, :length] = view.input_ids_T
+        # Padding repeats the end-of-turn token: in every vocabulary, and never an image token.
+        input_ids[b, length:] = view.input_ids_T[-1]
+        attention_mask[b, :length] = 1
+        for key, values in view.per_token.items():
+            per_token[key][b, :length] = values
+    vision = {}
+    for key, rule in rules.items():
+        tensors = [view.vision[key] for view in views if key in view.vision]
+        if tensors:
+            vision[key] = torch.cat(_pad_tiles(tensors) if rule == "tiles" else tensors)
+    return SideBatch(input_ids, attention_mask, {**per_token, **vision})
+
+
+def _pad_tiles(tensors: list[Tensor]) -> list[Tensor]:
+    most = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.cat([t, t.new_zeros(t.shape[0], most - t.shape[1], *t.shape[2:])], dim=1)
+        for t in tensors
+    ]
+
+
+def _loss_rows(
+    pairs: list[Pair], views: list[EncodedChat], inputs: SideBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(flat rows, labels, boundary) of all answer tokens of one side, in order."""
+    width = inputs.input_ids.shape[1]
+    rows, labels, boundary = [], [], []
+    for b, (pair, view) in enumerate(zip(pairs, views, strict=True)):
+        for start, end in view.answers:
+            rows.append(np.arange(start - 1, end - 1) + b * width)
+            ids = view.input_ids_T[start:end].numpy()
+            labels.append(np.full_like(ids, IGNORE) if pair.is_placeholder else ids)
+            boundary.append(np.arange(end - start) == 0)
+    joined = [np.concatenate(parts) for parts in (rows, labels, boundary)]
+    return _tensor(joined[0]), _tensor(joined[1]), torch.from_numpy(joined[2])
+
+
+def _pack(pairs: list[Pair], student_width: int, with_regular: bool) -> Packing:
+    """The packed sequences of a micro-batch; see Packing for their order."""
+    teachers = [pair.teacher for pair in pairs if pair.teacher is not None]
+    lengths = [[end - start for start, end in view.answers] for view in teachers]
+    answers = _numbered(lengths, first=0)
+    num_answers = sum(map(sum, lengths))
+    mixed_questions = [
+        [np.arange(start, end) + b * student_width for start, end in pair.student.questions]
+        for b, pair in enumerate(pairs)
+    ]
+    sequences = list(zip(mixed_questions, answers, strict=True))
+    if with_regular:
+        question_lengths = [[end - start for start, end in view.questions] for view in teachers]
+        questions = _numbered(question_lengths, first=num_answers)
+        sequences += [
+            ([-turn - 1 for turn in turns], answer)
+            for turns, answer in zip(questions, answers, strict=True)
+        ]
+    source, sequence, positions, loss_rows, offset = [], [], [], [], 0
+    for number, (turn_questions, turn_answers) in enumerate(sequences):
+        length = 0
+        for question, answer in zip(turn_questions, turn_answers, strict=True):
+            source += [question, -answer - 1]
+            boundary = offset + length + len(question) - 1
+            loss_rows.append(np.arange(boundary, boundary + len(answer)))
+            length += len(question) + len(answer)
+        sequence.append(np.full(length, number))
+        positions.append(np.arange(length))
+        offset += length
+    return Packing(
+        torch.from_numpy(np.concatenate(source).astype(np.int32)),
+        _tensor(np.concatenate(sequence)),
+        _tensor(np.concatenate(positions)),
+        _tensor(np.concatenate(loss_rows)),
+        num_sequences=len(sequences),
+        max_seqlen=max(map(len, positions)),
+    )
+
+
+def _numbered(lengths: list[list[int]], first: int) -> list[list[np.ndarray]]:
+    """Consecutive numbers from `first`, one run per turn of each conversation."""
+    numbered, number = [], first
+    for turns in lengths:
+        runs = []
+        for length in turns:
+            runs.append(np.arange(number, number + length))
+            number += length
+        numbered.append(runs)
+    return numbered
+
+
+def _rows(spans: tuple[tuple[int, int], ...], offset: int) -> np.ndarray:
+    return np.concatenate([np.arange(start, end) + offset for start, end in spans])
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))

@@ -1,0 +1,52 @@
+"""Ranks and the few collectives the library needs. Every function works without a process group."""
+
+import os
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+def is_initialized() -> bool:
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if is_initialized():
+        torch_dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """All-reduce in place; the same tensor on one rank."""
+    if is_initialized():
+        torch_dist.all_reduce(values)
+    return values
+
+
+def device() -> torch.device:
+    """The accelerator this rank drives, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read afterwards means what it says."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,88 @@
+"""The student as a plain Hugging Face folder; nothing of the Recalibrator in it.
+
+    python -m genrecal_ds.export runs/demo/sft OUT                       a finished stage
+    python -m genrecal_ds.export runs/demo/sft/checkpoints/step-00000100 OUT   one in the middle
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from genrecal_ds.errors import UserError
+
+# Weights and config are written anew; everything else of the source folder belongs to it.
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt")
+_PREFIX = "student.model."
+
+
+def write_student(
+    model: PreTrainedModel, state: dict[str, Tensor], source: Path, folder: Path
+) -> None:
+    """Save weights `state` (names of the HF model) with source's tokenizer, processor and template.
+
+    Complete or invisible: written beside, then renamed.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"))
+    model.save_pretrained(temporary, state_dict=state)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def export_checkpoint(path: Path, folder: Path) -> None:
+    """A checkpoint in the middle of a stage -> a Hugging Face folder.
+
+    Frozen parameters come from the folder the stage started from, trained ones from the shards.
+    """
+    from genrecal_ds.training.checkpoint import consolidate, verify
+
+    manifest = verify(path)
+    source = Path(manifest["student"])
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
+    state = model.state_dict()
+    for name, value in consolidate(path).items():
+        if name.startswith(_PREFIX):
+            state[name.removeprefix(_PREFIX)] = value.to(model.dtype)
+    write_student(model, state, source, folder)
+
+
+def export(source: Path, folder: Path) -> None:
+    """Export a finished stage's folder or one of its checkpoints. Raises UserError otherwise."""
+    if folder.exists():
+        raise UserError(f"{folder}: exists already; name a new folder")
+    if (source / "student" / "config.json").is_file():
+        shutil.copytree(source / "student", folder)
+    elif (source / "manifest.json").is_file():
+        export_checkpoint(source, folder)
+    else:
+        raise UserError(f"{source}: neither a finished stage (student/) nor a complete checkpoint")
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    if any("recalibrator" in name for name in names):
+        raise RuntimeError(f"{folder}: holds Recalibrator weights")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m genrecal_ds.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    try:
+        export(arguments.source, arguments.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.out} (torch {torch.__version__})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

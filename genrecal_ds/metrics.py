@@ -1,0 +1,113 @@
+"""What a step reports: sums with their counts, reduced once over ranks, written as one line.
+
+Means are kept as (sum, count) until the end: a mean of means depends on how a batch was split.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from genrecal_ds import dist
+
+
+@dataclass
+class Report:
+    """Detached sums of one or more micro-batches.
+
+    means: name -> (sum, count), logged as sum / count. norms: name -> sum of squares, logged as
+    its root. Keys must not depend on the data: ranks reduce them in one flat tensor.
+    """
+
+    means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_rows(self, name: str, values_N: Tensor, boundary_N: Tensor, valid_N: Tensor) -> None:
+        """A per-row quantity as three means: all rows, boundary rows, other rows.
+
+        The split is not decoration: a mean over all rows hides whether the one row per turn
+        that hears the student is learnt.
+        """
+        values_N = values_N.detach().float()
+        for suffix, rows_N in (
+            ("", valid_N),
+            ("_boundary", valid_N & boundary_N),
+            ("_other", valid_N & ~boundary_N),
+        ):
+            self.means[name + suffix] = ((values_N * rows_N).sum(), rows_N.sum().float())
+
+    def __add__(self, other: "Report") -> "Report":
+        means = dict(self.means)
+        for name, (total, count) in other.means.items():
+            old_total, old_count = means.get(name, (0.0, 0.0))
+            means[name] = (old_total + total, old_count + count)
+        norms = dict(self.norms)
+        for name, square in other.norms.items():
+            norms[name] = norms.get(name, 0.0) + square
+        return Report(means, norms)
+
+    def reduce(self) -> dict[str, float]:
+        """Sum over ranks and divide. One collective; every rank must call it."""
+        flat = [part for pair in self.means.values() for part in pair] + list(self.norms.values())
+        if not flat:
+            return {}
+        values = dist.sum_over_ranks(torch.stack([torch.as_tensor(v).float() for v in flat]))
+        numbers = iter(values.tolist())
+        result = {}
+        for name in self.means:
+            total, count = next(numbers), next(numbers)
+            if count:
+                result[name] = total / count
+        for name in self.norms:
+            result[name] = next(numbers) ** 0.5
+        return result
+
+
+class Clock:
+    """Seconds per phase of the current step. Phases are named where the work is."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.precise = False  # wait for the device at phase ends; on logged steps only
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
+
+    def take(self) -> dict[str, float]:
+        """The seconds so far, and start anew."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def _now(self) -> float:
+        if self.precise:
+            dist.synchronize()
+        return time.perf_counter()
+
+
+class JsonlLog:
+    """One JSON object per line, written by the main rank only, flushed at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if dist.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep_steps_before(self, step: int) -> None:
+        """Drop lines of steps that will be run again after a resume."""
+        if dist.is_main() and self.path.is_file():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] < step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, record: dict) -> None:
+        if dist.is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")

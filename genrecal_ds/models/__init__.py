@@ -1,0 +1,1 @@
+"""Any Hugging Face VLM as (vision, projector, body, head); the Recalibrator; chats to tokens."""

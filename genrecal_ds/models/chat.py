@@ -1,0 +1,179 @@
+"""A chat with images becomes token ids, vision inputs and answer spans, for one model.
+
+The answer a_k of turn k is its content tokens and the end-of-turn token, on every model alike:
+also where a template's generation block leaves the end-of-turn out. Tokens after the last
+end-of-turn are dropped. Spans are found by characters, never by decoding or by tokenising a
+prefix: a token that straddles the boundary (some templates end the prompt with a plain space)
+counts as answer.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from genrecal_ds.data.pair import EncodedChat, Messages, Unusable
+from genrecal_ds.errors import UserError
+from genrecal_ds.models.families import FAMILIES
+from genrecal_ds.models.processors import load_processor
+from genrecal_ds.models.vlm import read_config
+
+class ChatEncoder:
+    """Encodes chats for the model in `folder`. Refuses, in one line, what it could not do right."""
+
+    def __init__(self, folder: str | Path, max_length: int):
+        self.folder, self.max_length = Path(folder), max_length
+        self.processor = load_processor(folder)
+        self.tokenizer = self.processor.tokenizer
+        config = read_config(folder)
+        rules = FAMILIES[config.model_type].vision_inputs
+        self.per_token = [key for key, rule in rules.items() if rule == "tokens"]
+        self.vision_rules = {key: rule for key, rule in rules.items() if rule != "tokens"}
+        self.template = self.processor.chat_template or self.tokenizer.chat_template
+        if not self.template:
+            raise UserError(f"{folder}: no chat template; add chat_template.jinja to the folder")
+        if not self.tokenizer.is_fast:
+            raise UserError(f"{folder}: its tokenizer has no character offsets; save a fast one")
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        self.end_of_turn = self._find_end_of_turn()
+
+    def encode(self, messages: Messages, images: list[Image]) -> EncodedChat:
+        """Ids, spans and vision inputs. Raises Unusable with a reason for an unusable sample."""
+        text, starts = self._render(messages)
+        encoding = self._tokenize(text, images)
+        ids = encoding["input_ids"][0]
+        shift = _Shift(encoding.get("text_replacement_offsets"))
+        answers = []
+        for start in starts:
+            answers.append(self._span(ids, encoding["offset_mapping"][0], shift(start)))
+        if any(a[1] > b[0] for a, b in zip(answers, answers[1:], strict=False)):
+            raise Unusable("an answer has no end-of-turn of its own")
+        per_token = {key: encoding[key][0] for key in self.per_token}
+        vision = {key: encoding[key] for key in self.vision_rules if key in encoding}
+        return EncodedChat(ids, tuple(answers), per_token, vision).cut(len(answers))
+
+    def prompt(self, messages: Messages, images: list[Image]) -> dict[str, Tensor]:
+        """Inputs [1, T] for generate: the chat up to where the last answer begins."""
+        text = self._template_text(messages, add_generation_prompt=True)
+        encoding = self._tokenize(text, images)
+        keys = ("input_ids", "attention_mask", *self.per_token, *self.vision_rules)
+        return {key: encoding[key] for key in keys if key in encoding}
+
+    def _tokenize(self, text: str, images: list[Image]):
+        return self.processor(
+            text=[text],
+            images=images or None,
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            return_mm_token_type_ids="mm_token_type_ids" in self.per_token,
+            add_special_tokens=False,  # the template writes them
+            return_tensors="pt",
+        )
+
+    def _render(self, messages: Messages) -> tuple[str, list[int]]:
+        """The text of a chat and the character at which each answer starts."""
+        if messages[-1]["role"] != "assistant":
+            raise Unusable("the last message is not the assistant's")
+        if self.marks_answers:
+            texts, blocks = render_jinja_template(
+                [messages], chat_template=self.template, return_assistant_tokens_mask=True,
+                **self._special_tokens,
+            )  # fmt: skip
+            text, starts = texts[0], [start for start, _ in blocks[0]]
+        else:
+            text, starts = self._template_text(messages), []
+            for position, message in enumerate(messages):
+                if message["role"] != "assistant":
+                    continue
+                prefix = self._template_text(messages[:position], add_generation_prompt=True)
+                if not text.startswith(prefix):
+                    raise Unusable("the template rewrites earlier turns")
+                starts.append(len(prefix))
+        contents = [_text_of(message) for message in messages if message["role"] == "assistant"]
+        if len(starts) != len(contents):
+            raise Unusable("the template drops or merges assistant turns")
+        for start, content in zip(starts, contents, strict=True):
+            # Both models must be taught the same text; a template that alters it breaks that.
+            if not text[start:].lstrip().startswith(content.strip()):
+                raise Unusable("the template alters an answer")
+        return text, starts
+
+    def _template_text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        texts, _ = render_jinja_template(
+            [messages], chat_template=self.template, add_generation_prompt=add_generation_prompt,
+            **self._special_tokens,
+        )  # fmt: skip
+        return texts[0]
+
+    @property
+    def _special_tokens(self) -> dict[str, str]:
+        return self.tokenizer.special_tokens_map
+
+    def _span(self, ids: Tensor, offsets: Tensor, start_char: int) -> tuple[int, int]:
+        """Tokens from the first that reaches past start_char to the next end-of-turn."""
+        inside = (offsets[:, 1] > start_char).nonzero()
+        if not len(inside):
+            raise Unusable("no token lies in the answer")
+        start = int(inside[0])
+        ends = (ids[start:] == self.end_of_turn).nonzero()
+        if not len(ends):
+            raise Unusable("an answer without end-of-turn token")
+        if start == 0:
+            raise Unusable("no question token before the first answer")
+        return start, start + int(ends[0]) + 1
+
+    def _find_end_of_turn(self) -> int:
+        """The first stop token after an answer: what generate stops at ends the turn."""
+        stops = {self.tokenizer.eos_token_id}
+        if (self.folder / "generation_config.json").is_file():
+            eos = GenerationConfig.from_pretrained(self.folder).eos_token_id
+            stops |= set(eos if isinstance(eos, list) else [eos])
+        stops.discard(None)
+        probe = [_message("user", "x"), _message("assistant", "xyz")]
+        try:
+            text, starts = self._render(probe)
+        except Unusable as error:
+            raise UserError(
+                f"{self.folder}: cannot find answers in its chat template ({error}); "
+                "put {% generation %} .. {% endgeneration %} around the assistant's content"
+            ) from None
+        ids = self.tokenizer(text[starts[0] :], add_special_tokens=False)["input_ids"]
+        if end := next((token for token in ids if token in stops), None):
+            return end
+        raise UserError(
+            f"{self.folder}: its chat template writes no end-of-turn after an answer (stop tokens "
+            f"{sorted(stops)}); set eos_token_id in generation_config.json to the token it writes"
+        )
+
+
+class _Shift:
+    """Characters before placeholder expansion -> characters after it."""
+
+    def __init__(self, replacements: Any):
+        # A text-only chat has none: None, or an empty list or tensor, depending on the family.
+        spans = replacements[0] if replacements is not None and len(replacements) else []
+        self._gains = [(r["span"][1], r["new_span"][1] - r["span"][1]) for r in spans]
+
+    def __call__(self, char: int) -> int:
+        gained = 0
+        for end, gain in self._gains:
+            if end <= char:
+                gained = gain
+        return char + gained
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    if any(part["type"] != "text" for part in content):
+        raise Unusable("an image inside an answer")
+    return "".join(part["text"] for part in content)

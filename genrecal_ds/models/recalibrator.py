@@ -1,0 +1,132 @@
+"""The Recalibrator: lets the teacher's language head read the student's features.
+
+    [z_qs ; Proj-pre(z_al)] -> Rec-body -> Proj-post -> norm      (mixed, paper section 3.2)
+
+Shapes: B batch, S student length, D student width, H teacher width, A teacher rows used,
+P packed rows, C packed sequences, L longest of them, N loss rows.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+
+from genrecal_ds.data.batch import Packing
+from genrecal_ds.errors import UserError
+from genrecal_ds.ops.token_align import token_align
+
+
+class TokenAlign(nn.Module):
+    """Holds Proj-pre. A module of its own, so that ZeRO-3 gathers the weight for this call only."""
+
+    def __init__(self, student_width: int, teacher_width: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(student_width, teacher_width, dtype=dtype))
+
+    def forward(self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, source_P: Tensor) -> Tensor:
+        return token_align(student_hidden_BSD, teacher_rows_AH, self.weight, source_P)
+
+
+class Recalibrator(nn.Module):
+    """Two projections around decoder blocks of the student's own configuration.
+
+    Lives in training only. Source: paper section 3.2 and table 6 (depth 2).
+    """
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig,
+        teacher_width: int,
+        depth: int = 2,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        config = block_config(text_config, depth)
+        width, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
+        self.proj_pre = TokenAlign(width, teacher_width, dtype)
+        # dtype is given, never cast to later: .to(bf16) would round the rotary buffer too.
+        self.blocks = build_decoder(config, dtype)
+        self.proj_post = nn.Linear(width, teacher_width, bias=False, dtype=dtype)
+        self.norm = nn.RMSNorm(teacher_width, eps=eps, dtype=dtype)
+
+    def initialize(self, std: float, teacher_norm_H: Tensor | None) -> None:
+        """Blocks and projections N(0, std), biases 0; norm weights 1, the last the teacher's own."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=std)
+            else:
+                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+        if teacher_norm_H is not None:
+            with torch.no_grad():
+                self.norm.weight.copy_(teacher_norm_H)
+
+    def forward(self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, packing: Packing) -> Tensor:
+        """rows [N, H] for packing.loss_rows, ready for the teacher's head.
+
+        The blocks see each sequence right-padded to the longest: under a causal mask no real
+        row can attend to the padding behind it, so no padding mask is needed.
+        Proj-post and the norm run on the loss rows only; no other row is read.
+        """
+        packed_PD = self.proj_pre(student_hidden_BSD, teacher_rows_AH, packing.source_P)
+        slot_P = packing.sequence_P * packing.max_seqlen + packing.position_ids_P
+        flat = packed_PD.new_zeros(packing.num_sequences * packing.max_seqlen, packed_PD.shape[-1])
+        padded_CLD = flat.index_copy(0, slot_P, packed_PD).unflatten(0, (-1, packing.max_seqlen))
+        position_ids = torch.arange(packing.max_seqlen, device=packed_PD.device)
+        hidden_CLD = self.blocks(
+            inputs_embeds=padded_CLD,
+            position_ids=position_ids.expand(packing.num_sequences, -1),
+            use_cache=False,
+        ).last_hidden_state
+        rows_ND = hidden_CLD.flatten(0, 1).index_select(0, slot_P[packing.loss_rows])
+        return self.norm(self.proj_post(rows_ND))
+
+
+def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
+    """The student's text config cut to `depth` full-attention blocks with plain RoPE of its theta."""
+    config = copy.deepcopy(text_config)
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * depth
+    config.use_sliding_window = False
+    # The embedding is never used; one row keeps its construction cheap.
+    config.vocab_size, config.pad_token_id = 1, None
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
+    if "mrope_section" in rope:  # a Qwen-VL block needs it; equal ids on all axes are plain RoPE
+        plain["mrope_section"] = rope["mrope_section"]
+    config.rope_parameters = plain
+    return config
+
+
+def build_decoder(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """The family's own decoder class, without embedding and without its final norm."""
+    decoder = AutoModel.from_config(config, dtype=dtype)
+    decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+    if not hasattr(decoder, "embed_tokens") or not hasattr(decoder, "norm"):
+        raise UserError(f"student text model {type(decoder).__name__}: no decoder adapter for it yet")
+    decoder.embed_tokens = None
+    decoder.norm = nn.Identity()  # the Recalibrator has its own norm, after Proj-post
+    return decoder
+
+
+def save_recalibrator(state: dict[str, Tensor], folder: Path, facts: dict) -> None:
+    """Write weights and the facts that load_recalibrator checks (widths, depth)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "recalibrator.safetensors")
+    (folder / "recalibrator.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def load_recalibrator(module: Recalibrator, folder: Path) -> None:
+    """Fill a Recalibrator from a folder. Raises UserError when it is of another shape."""
+    path = folder / "recalibrator.safetensors"
+    if not path.is_file():
+        raise UserError(f"recalibrator: {folder} has no recalibrator.safetensors")
+    state = load_file(path)
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    if {name: tuple(value.shape) for name, value in state.items()} != expected:
+        raise UserError(f"recalibrator: {path} was trained for another pair or depth")
+    module.load_state_dict(state)

@@ -1,0 +1,141 @@
+"""GenRecal: two bodies -> token_align -> Recalibrator -> the teacher's frozen head -> losses.
+
+    align    L_ar + L_kl (mixed)  +  L_ar + L_kl (regular, the regulariser of Algorithm 2)
+    distill  L_ar + L_kl (mixed)  +  CE(head_s(z_as), gt_s)
+
+Shapes: B conversations, S student length, D student width, H teacher width, A teacher rows
+entering the Recalibrator, N teacher loss rows, K passes (mixed; in align also regular),
+M student loss rows.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from genrecal_ds.config import LossConfig
+from genrecal_ds.data.batch import IGNORE, PairBatch, TeacherBatch
+from genrecal_ds.metrics import Clock, Report
+from genrecal_ds.models.recalibrator import Recalibrator
+from genrecal_ds.models.vlm import VLM
+from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.supervised import student_ce
+from genrecal_ds.ops.head_loss import Head, head_loss
+
+
+class GenRecal(nn.Module):
+    """Owns what trains: the student and the Recalibrator. The teacher's head is a plain tensor,
+    frozen and replicated: no optimizer, checkpoint or collective ever sees it."""
+
+    def __init__(
+        self,
+        student: VLM,
+        recalibrator: Recalibrator,
+        teacher_head: Head,
+        losses: LossConfig,
+        trains_student: bool,
+        clock: Clock | None = None,
+    ):
+        super().__init__()
+        self.student, self.recalibrator = student, recalibrator
+        self.teacher_head, self.losses, self.trains_student = teacher_head, losses, trains_student
+        self.with_regular = not trains_student and losses.regularizer != "none"
+        self.clock = clock or Clock()
+
+    def forward(
+        self, batch: PairBatch, teacher_rows: TeacherRows, totals: Totals, probe: bool = False
+    ) -> tuple[Tensor, Report]:
+        """(loss, Report). probe adds the student's gradient norm per term to the report."""
+        assert batch.teacher is not None
+        report = Report()
+        with self.clock.phase("student"):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_student):
+                hidden_BSD = self.student.body(*batch.student.inputs)
+        with self.clock.phase("recalibrator"):
+            rows_KNH = self._recalibrate(hidden_BSD, batch.teacher, teacher_rows)
+        with self.clock.phase("head"):
+            loss = self._teacher_terms(rows_KNH, batch.teacher, teacher_rows, totals, report)
+            if self.trains_student and self.losses.student_ce:
+                loss = loss + self._student_term(hidden_BSD, batch, totals, report)
+        if self.trains_student:
+            # ZeRO-3 adds to a STALE gradient when a parameter first gets one late in a window;
+            # this keeps the whole body in every micro-step's graph, whatever the terms are.
+            loss = loss + 0.0 * hidden_BSD.sum()
+        if probe and self.trains_student:
+            self._probe(hidden_BSD, batch, teacher_rows, totals, report)
+        return loss, report
+
+    def _recalibrate(
+        self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows
+    ) -> Tensor:
+        rows = self.recalibrator(hidden_BSD, teacher_rows.inputs_AH, teacher.packing)
+        return rows.unflatten(0, (-1, teacher.labels_N.shape[0]))
+
+    def _teacher_terms(
+        self,
+        rows_KNH: Tensor,
+        teacher: TeacherBatch,
+        teacher_rows: TeacherRows,
+        totals: Totals,
+        report: Report,
+    ) -> Tensor:
+        """L_ar + L_kl of every pass through the frozen head, from one head_loss call."""
+        losses, valid_N = self.losses, teacher.labels_N != IGNORE
+        ce_weights, kl_weights = [losses.ar], [losses.kl]
+        if self.with_regular:
+            ce_weights.append(float("ce" in losses.regularizer))
+            kl_weights.append(float("kl" in losses.regularizer))
+        out = head_loss(
+            rows_KNH, teacher_rows.targets_NH, teacher.labels_N, self.teacher_head,
+            ce_weights, kl_weights,
+        )  # fmt: skip
+        for k, prefix in enumerate(("", "regular_")[: len(rows_KNH)]):
+            report.add_rows(f"{prefix}ar", out.ce_KN[k], teacher.boundary_N, valid_N)
+            report.add_rows(f"{prefix}kl", out.kl_KN[k], teacher.boundary_N, valid_N)
+            report.add_rows(f"{prefix}agree", out.top1_KN[k], teacher.boundary_N, valid_N)
+        loss_sum = out.loss_sum
+        if self.with_regular and losses.regularizer == "mse":
+            error_N = (rows_KNH[1] - teacher_rows.targets_NH).float().square().mean(-1) * valid_N
+            report.add_rows("regular_mse", error_N, teacher.boundary_N, valid_N)
+            loss_sum = loss_sum + error_N.sum()
+        return loss_sum / totals.teacher_rows
+
+    def _student_term(
+        self, hidden_BSD: Tensor, batch: PairBatch, totals: Totals, report: Report
+    ) -> Tensor:
+        ce_sum, ce_M = student_ce(self.student, hidden_BSD, batch.student, self.losses)
+        valid_M = batch.student.labels_M != IGNORE
+        report.add_rows("student_ce", ce_M, batch.student.boundary_M, valid_M)
+        return ce_sum / totals.student_rows
+
+    def _probe(
+        self,
+        hidden_BSD: Tensor,
+        batch: PairBatch,
+        teacher_rows: TeacherRows,
+        totals: Totals,
+        report: Report,
+    ) -> None:
+        """Norm of each term's gradient at the student's hidden states, boundary rows apart.
+
+        Taken at a detached copy of the hidden states, so no parameter gets a gradient here.
+        """
+        teacher = batch.teacher
+        assert teacher is not None
+        with torch.enable_grad():
+            leaf_BSD = hidden_BSD.detach().requires_grad_()
+            rows_KNH = self._recalibrate(leaf_BSD, teacher, teacher_rows)[:1]
+            for name, weights in (("ar", ([1.0], [0.0])), ("kl", ([0.0], [1.0]))):
+                for rows, keep_N in (
+                    ("boundary", teacher.boundary_N),
+                    ("other", ~teacher.boundary_N),
+                ):
+                    labels_N = teacher.labels_N.where(keep_N, IGNORE)
+                    term = head_loss(
+                        rows_KNH, teacher_rows.targets_NH, labels_N, self.teacher_head, *weights
+                    ).loss_sum
+                    (gradient,) = torch.autograd.grad(term, leaf_BSD, retain_graph=True)
+                    square = (gradient.float() / totals.teacher_rows).square().sum()
+                    report.norms[f"gradient/{name}_{rows}"] = square
+            ce_sum, _ = student_ce(self.student, leaf_BSD, batch.student, self.losses)
+            (gradient,) = torch.autograd.grad(ce_sum, leaf_BSD)
+            square = (gradient.float() / totals.student_rows).square().sum()
+            report.norms["gradient/student_ce"] = square

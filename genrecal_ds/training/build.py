@@ -1,0 +1,211 @@
+"""A recipe's stage becomes the parts a Trainer runs: data, engines, objective, exporter.
+
+The only place where models, data and engines meet.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from genrecal_ds import dist
+from genrecal_ds.config import DataConfig, Recipe, StageConfig, load_ds_config
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.loader import PairDataset, PairEncoders
+from genrecal_ds.data.plan import StepPlan
+from genrecal_ds.export import write_student
+from genrecal_ds.metrics import Clock
+from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.head import load_final_norm, load_frozen_head
+from genrecal_ds.models.loading import Checkpoint, file_names
+from genrecal_ds.models.recalibrator import Recalibrator, load_recalibrator, save_recalibrator
+from genrecal_ds.models.vlm import VLM, TeacherBody, read_config
+from genrecal_ds.objectives.genrecal import GenRecal
+from genrecal_ds.objectives.supervised import Supervised
+from genrecal_ds.training.engine import (
+    StudentEngine,
+    TeacherEngine,
+    build_sharded,
+    load_sharded,
+    monitor_config,
+)
+from genrecal_ds.training.stages import STAGES, freeze
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class StageParts:
+    """What a Trainer needs, by interface only."""
+
+    dataset: PairDataset
+    plan: StepPlan
+    validation: PairDataset | None
+    student: StudentEngine
+    teacher: TeacherEngine | None
+    export: Callable[[Path], None]  # a collective: writes the stage's result folders
+    clock: Clock
+
+    def close(self) -> None:
+        self.student.close()
+        if self.teacher:
+            self.teacher.close()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything about a run that can be refused before a model is loaded."""
+
+    encoders: dict[bool, PairEncoders]  # by "has a teacher"
+    indices: dict[Path, ShardIndex]
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Tokenizers, templates and shard indices. Raises UserError with one line for any that fails."""
+    student = ChatEncoder(recipe.student.path, recipe.student.max_length)
+    encoders = {False: PairEncoders(student)}
+    if any(stage.needs_teacher for stage in recipe.stages):
+        assert recipe.teacher is not None  # a rule of config.Recipe
+        teacher = ChatEncoder(recipe.teacher.path, recipe.teacher.max_length)
+        encoders[True] = PairEncoders(student, teacher)
+    folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
+    indices = {folder: ShardIndex.load(folder) for folder in folders if folder}
+    return Inputs(encoders, indices)
+
+
+def build_stage(
+    recipe: Recipe, stage: StageConfig, inputs: Inputs, student_folder: Path,
+    recalibrator_folder: Path | None,
+) -> StageParts:  # fmt: skip
+    """Load weights sharded, build both engines and the stage's data."""
+    torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
+    clock = Clock()
+    encoders = inputs.encoders[stage.needs_teacher]
+    with_regular = stage.kind == "align" and stage.losses.regularizer != "none"
+    data: DataConfig = recipe.data
+    index = inputs.indices[stage.data or data.train]
+    seed = recipe.seed if stage.seed is None else stage.seed
+    validation = None
+    if data.validation:
+        validation = PairDataset(inputs.indices[data.validation], encoders, with_regular)
+
+    student = load_student(student_folder, recipe)
+    freeze(student, stage)
+    objective = _objective(recipe, stage, student, recalibrator_folder, clock)
+    teacher = load_teacher(recipe) if stage.needs_teacher else None
+    run_folder = recipe.run_dir / stage.name
+    engine = StudentEngine(
+        objective,
+        load_ds_config(recipe.deepspeed.student),
+        recipe.precision,
+        recipe.optimizer,
+        recipe.accumulation_steps(stage, dist.world_size()),
+        monitor_config(run_folder, recipe.log.tensorboard, recipe.log.wandb),
+    )
+    return StageParts(
+        dataset=PairDataset(index, encoders, with_regular),
+        plan=StepPlan(index, seed, recipe.global_batch(stage)),
+        validation=validation,
+        student=engine,
+        teacher=teacher,
+        export=_exporter(engine, student_folder, recipe),
+        clock=clock,
+    )
+
+
+def load_student(folder: Path, recipe: Recipe) -> VLM:
+    """The whole student, sharded."""
+    return _load_vlm(folder, recipe.deepspeed.student, recipe.precision)
+
+
+def load_teacher(recipe: Recipe) -> TeacherEngine:
+    """The teacher's body, sharded, frozen, in an engine of its own."""
+    assert recipe.teacher is not None
+    vlm = _load_vlm(recipe.teacher.path, recipe.deepspeed.teacher, recipe.precision)
+    return TeacherEngine(
+        TeacherBody(vlm), load_ds_config(recipe.deepspeed.teacher), recipe.precision
+    )
+
+
+def _load_vlm(folder: Path, ds_name: str, precision: str) -> VLM:
+    vlm = build_sharded(
+        lambda: VLM.from_config(folder, DTYPES[precision]), load_ds_config(ds_name), precision
+    )
+    checkpoint = Checkpoint(folder)
+    stored = file_names(vlm.model, checkpoint)
+    load_sharded(
+        (parameter, _reader(checkpoint, stored[name]))
+        for name, parameter in vlm.model.named_parameters()
+    )
+    return vlm
+
+
+def _reader(checkpoint: Checkpoint, stored: str) -> Callable[[int, int], Tensor]:
+    return lambda first, last: checkpoint.flat_range(stored, first, last)
+
+
+def _objective(
+    recipe: Recipe, stage: StageConfig, student: VLM, recalibrator_folder: Path | None, clock: Clock
+) -> nn.Module:
+    if not STAGES[stage.kind].recalibrator:
+        return Supervised(student, stage.losses, clock)
+    assert recipe.teacher is not None
+    head = load_frozen_head(recipe.teacher.path, DTYPES[recipe.precision], dist.device())
+    recalibrator = new_recalibrator(recipe, student)
+    if recalibrator_folder:
+        load_recalibrator(recalibrator, recalibrator_folder)
+    return GenRecal(
+        student, recalibrator, head, stage.losses, trains_student=stage.kind != "align", clock=clock
+    )
+
+
+def new_recalibrator(recipe: Recipe, student: VLM) -> Recalibrator:
+    """A fresh Recalibrator, whole; the engine shards it."""
+    assert recipe.teacher is not None
+    teacher_config = read_config(recipe.teacher.path).get_text_config()
+    recalibrator = Recalibrator(
+        student.text_config,
+        teacher_config.hidden_size,
+        recipe.recalibrator.depth,
+        DTYPES[recipe.precision],
+    )
+    std = getattr(student.text_config, "initializer_range", 0.02)
+    recalibrator.initialize(std, load_final_norm(recipe.teacher.path))
+    return recalibrator
+
+
+def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[Path], None]:
+    def export(folder: Path) -> None:
+        student_state = engine.full_state("student.model.")
+        recalibrator_state = engine.full_state("recalibrator.")
+        if dist.is_main():
+            write_student(engine.module.student.model, student_state, source, folder / "student")
+            if recalibrator_state:
+                facts = {"teacher": str(recipe.teacher.path), "depth": recipe.recalibrator.depth}
+                save_recalibrator(recalibrator_state, folder / "recalibrator", facts)
+        dist.barrier()
+
+    return export
+
+
+def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, bool]]:
+    """(part, parameters, trains) of a stage, on the meta device: needs no memory and no weights."""
+    with torch.device("meta"):
+        student = VLM.from_config(recipe.student.path, torch.float32)
+        freeze(student, stage)
+        counts: dict[str, list[int]] = {}
+        for _, parameter, component in student.components():
+            total, trained = counts.setdefault(component, [0, 0])
+            counts[component] = [
+                total + parameter.numel(),
+                trained + parameter.numel() * parameter.requires_grad,
+            ]
+        for component, (total, trained) in counts.items():
+            yield f"student.{component}", total, trained > 0
+        if STAGES[stage.kind].recalibrator:
+            assert recipe.teacher is not None
+            width = read_config(recipe.teacher.path).get_text_config().hidden_size
+            recalibrator = Recalibrator(student.text_config, width, recipe.recalibrator.depth)
+            yield "recalibrator", sum(p.numel() for p in recalibrator.parameters()), True

@@ -1,0 +1,253 @@
+"""The only room that knows DeepSpeed: two ZeRO-3 engines in one process.
+
+    build_sharded / load_sharded    models that never exist whole on any rank
+    StudentEngine                   ONE trainable module with an optimizer
+    TeacherEngine                   a frozen body, no optimizer, called under no_grad only
+
+Facts this file rests on were measured with DeepSpeed 0.19; each is named where it bites.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as torch_dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import Tensor, nn
+
+from genrecal_ds import dist
+from genrecal_ds.config import OptimizerConfig
+
+Module = TypeVar("Module", bound=nn.Module)
+DsConfig = dict[str, Any]
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def start(num_threads: int | None = None) -> None:
+    """Join the process group: nccl on CUDA, gloo on the CPU. A single process needs no launcher."""
+    for key, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 29500)):
+        os.environ.setdefault(key, str(value))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.local_rank())
+    # Its CPU all-reduce kernel is compiled at init, and fatal without a compiler; we never use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch_dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    if num_threads:
+        torch.set_num_threads(num_threads)
+
+
+def stop() -> None:
+    """Leave the process group. The barrier: a rank that leaves early resets its peers' sockets."""
+    if torch_dist.is_initialized():
+        dist.barrier()
+        torch_dist.destroy_process_group()
+
+
+def structure(ds_config: DsConfig, precision: str) -> DsConfig:
+    """ds_configs/*.json plus the numbers that every engine needs to be built."""
+    filled = dict(ds_config)
+    filled["train_micro_batch_size_per_gpu"] = 1
+    filled["bf16"] = {"enabled": precision == "bf16"}
+    if precision == "bf16":  # sums of bf16 gradients over micro-steps and ranks lose small ones
+        filled["data_types"] = {"grad_accum_dtype": "fp32"}
+        filled["communication_data_type"] = "fp32"
+    return filled
+
+
+def build_sharded(construct: Callable[[], Module], ds_config: DsConfig, precision: str) -> Module:
+    """Call `construct` so that every parameter is sharded as soon as its module exists.
+
+    The values are not meant to be used: load_sharded fills them.
+    """
+    from transformers.initialization import no_init_weights
+    from transformers.integrations import deepspeed as hf_deepspeed
+
+    # zero.Init casts every new tensor to the model's dtype, the rotary inv_freq included: wrong by
+    # 3e-2, silently. The guard must be entered first. zero.Init's own dtype argument is ignored.
+    # no_init_weights: initialising a sharded tensor by index fails, and its values are not used.
+    with hf_deepspeed.prevent_arange_dtype_change(), no_init_weights():
+        with deepspeed.zero.Init(config_dict_or_path=structure(ds_config, precision)):
+            return construct()
+
+
+@torch.no_grad()
+def load_sharded(parameters: Iterable[tuple[nn.Parameter, Callable[[int, int], Tensor]]]) -> None:
+    """Fill sharded parameters; `read(start, stop)` returns a flat range of the full tensor.
+
+    Each rank reads only its own range: no communication, no full model anywhere. Must come
+    before the engine, which keeps gathered copies of small parameters.
+    """
+    for parameter, read in parameters:
+        shard = parameter.ds_tensor
+        first = dist.rank() * shard.numel()
+        last = min(first + shard.numel(), parameter.ds_numel)  # the last shard is padded
+        if first < last:
+            shard.data.view(-1)[: last - first].copy_(read(first, last))
+
+
+def loss_scale(world_size: int, accumulation_steps: int) -> float:
+    """What a micro-batch's loss is multiplied by so that DeepSpeed's mean becomes our sum.
+
+    A step's loss is L = sum over micro-batches of l_i, each already divided by the whole step's
+    rows. DeepSpeed's gradient is  1/world * sum_ranks( 1/accumulation * sum_steps( grad l_i ) ):
+    engine.backward divides by accumulation_steps, the reduction averages over ranks. Both
+    divisions are undone here, and nowhere else.
+    """
+    return float(world_size * accumulation_steps)
+
+
+class TeacherEngine:
+    """A frozen module, sharded; its parameters are gathered layer by layer during a forward."""
+
+    def __init__(self, module: nn.Module, ds_config: DsConfig, precision: str):
+        module.requires_grad_(False)
+        self._engine = deepspeed.initialize(model=module, config=structure(ds_config, precision))[0]
+        self._engine.eval()
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def close(self) -> None:
+        _free(self)
+
+
+class StudentEngine:
+    """The trainable module with AdamW; frozen parameters are in no optimizer."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        ds_config: DsConfig,
+        precision: str,
+        optimizer: OptimizerConfig,
+        accumulation_steps: int,
+        monitor: DsConfig | None = None,
+    ):
+        filled = structure(ds_config, precision)
+        filled["gradient_accumulation_steps"] = accumulation_steps
+        filled["gradient_clipping"] = optimizer.clip  # DeepSpeed's default is 1.0, not off
+        filled.update(monitor or {})
+        self._scale = loss_scale(dist.world_size(), accumulation_steps)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(
+                parameter_groups(module, optimizer.weight_decay),
+                lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps,
+            ),
+            config=filled,
+        )  # fmt: skip
+        self.module: nn.Module = self._engine.module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's loss, already divided by the whole step's rows."""
+        self._engine.backward(loss * self._scale)
+
+    def step(self) -> None:
+        """After every backward; the update happens on the step's last micro-batch."""
+        self._engine.step()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm before clipping, of the last update."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def log(self, values: dict[str, float], samples: int) -> None:
+        """TensorBoard and W&B, as the recipe asks, by DeepSpeed's monitor."""
+        if self._engine.monitor.enabled and dist.is_main():
+            self._engine.monitor.write_events([(k, v, samples) for k, v in values.items()])
+
+    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
+        """Shards of trainable parameters and optimizer; every rank calls it."""
+        self._engine.save_checkpoint(
+            str(folder), tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restore what save wrote (same world size) and return its state.
+
+        Frozen parameters are not in it: they come from their own folders, loaded before.
+        """
+        path, state = self._engine.load_checkpoint(
+            str(folder), tag, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
+        return state
+
+    def full_state(self, prefix: str) -> dict[str, Tensor]:
+        """Whole parameters and buffers under `prefix` on the main rank's CPU; {} elsewhere.
+
+        A collective. One parameter at a time: no device ever holds the whole model.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            if not name.startswith(prefix):
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if dist.is_main():
+                    state[name.removeprefix(prefix)] = parameter.detach().cpu().clone()
+        return state
+
+    def close(self) -> None:
+        self.module = None  # type: ignore[assignment]
+        self._optimizer = None
+        _free(self)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters: matrices decay, norms and biases do not (paper section 4)."""
+    decay, plain = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decay if len(shape) > 1 else plain).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def monitor_config(folder: Path, tensorboard: bool, wandb_project: str | None) -> DsConfig:
+    """DeepSpeed's monitor section for the recipe's log keys."""
+    config: DsConfig = {}
+    if tensorboard:
+        config["tensorboard"] = {"enabled": True, "output_path": str(folder), "job_name": "events"}
+    if wandb_project:
+        config["wandb"] = {"enabled": True, "project": wandb_project}
+    return config
+
+
+def is_gathered(parameter: nn.Parameter) -> bool:
+    """Whether a sharded parameter is whole on this rank right now."""
+    return parameter.ds_status == ZeroParamStatus.AVAILABLE
+
+
+def _free(owner: TeacherEngine | StudentEngine) -> None:
+    """Drop hooks and buffers so that the next stage's engines find the memory."""
+    owner._engine.destroy()
+    del owner._engine
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Starting runs: train.py, the demo, recipes, SLURM jobs, containers."""

@@ -1,0 +1,85 @@
+"""Packaging. The ranges below are the only place that says which versions are supported."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# Read, not imported: a build environment has none of the dependencies.
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "genrecal_ds" / "__init__.py").read_text(), re.MULTILINE
+)
+if VERSION is None:
+    raise SystemExit("setup.py: no __version__ line in genrecal_ds/__init__.py")
+
+EVALUATION = ["matplotlib", "scikit-learn"]  # figures; t-SNE of features
+DEMO = ["scikit-learn"]  # its handwritten digits are the demo's pictures
+DEVELOPMENT = [
+    "hypothesis",
+    "mypy",
+    "pytest",
+    "pytest-timeout",
+    "ruff",
+    "scikit-learn",
+    "setuptools>=77",  # the packaging test builds a wheel without build isolation
+    "tensorboard",
+    "types-PyYAML",
+]
+
+setup(
+    name="genrecal_ds",
+    version=VERSION[1],
+    description="Distils a large VLM into a small one with another tokenizer and architecture",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11,<2.15",
+        "deepspeed>=0.19,<0.20",
+        "transformers>=5.17,<6",
+        "webdataset>=1.0,<2",
+        "numpy",
+        "pillow",
+        "protobuf",
+        "pydantic>=2",
+        "pyyaml",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "tiktoken",
+    ],
+    extras_require={
+        "flash": ["flash-attn"],
+        "eval": EVALUATION,
+        "peers": ["liger-kernel"],  # compared with in benchmarks/, never imported by the library
+        "cloud": ["fsspec", "s3fs"],  # to fetch shards and models into local folders before a run
+        "demo": DEMO,
+        "dev": DEVELOPMENT,
+    },
+    packages=find_packages(
+        include=[
+            f"{top}{below}"
+            for top in ("genrecal_ds", "data_tools", "ds_configs", "launch")
+            for below in ("", ".*")
+        ]
+    ),
+    package_data={
+        "genrecal_ds": ["py.typed"],
+        "ds_configs": ["*.json"],
+        "launch": [
+            "recipes/**/*.yaml",
+            "slurm/*",
+            "containers/*",
+            "hostfile*",
+            "demo/**/*.json",
+            "demo/**/*.yaml",
+            "demo/**/*.jinja",
+        ],
+    },
+    entry_points={"console_scripts": ["genrecal-train = launch.train:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,90 @@
+"""An installed wheel holds every module, recipe and template, and works from another folder."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("genrecal_ds", "data_tools", "ds_configs", "launch")
+SHIPPED = (".py", ".yaml", ".json", ".jinja", ".sbatch", ".typed")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if int(version("setuptools").split(".")[0]) < 77:
+        pytest.skip("setuptools < 77; pip install -e .[dev]")
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "source"  # setuptools leaves build/ and *.egg-info where it builds
+    copy.mkdir()
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, copy / package, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    command = "wheel --quiet --no-deps --no-build-isolation --no-index --wheel-dir".split()
+    subprocess.run([sys.executable, "-m", "pip", *command, folder, copy], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_file(wheel: Path):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in SHIPPED and "__pycache__" not in path.parts
+    }
+    assert expected - names == set()
+    assert {"genrecal_ds/py.typed", "genrecal_ds/config.py"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path):
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(installed)
+    elsewhere.mkdir()
+    program = (
+        "from pathlib import Path\n"
+        "import ds_configs, genrecal_ds, launch\n"
+        "from genrecal_ds.config import load_ds_config, load_recipe\n"
+        "home = Path(genrecal_ds.__file__).parents[1]\n"
+        "configs = [load_ds_config(p.stem) for p in (home / 'ds_configs').glob('*.json')]\n"
+        "recipes = [load_recipe(p) for p in (home / 'launch' / 'recipes').rglob('*.yaml')]\n"
+        "print(home, len(configs), len(recipes), sep='\\n')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    num_configs = len(list((ROOT / "ds_configs").glob("*.json")))
+    num_recipes = len(list((ROOT / "launch" / "recipes").rglob("*.yaml")))
+    assert done.stdout.split() == [str(installed), str(num_configs), str(num_recipes)]
+
+
+def test_torch_range_is_the_same_in_train_and_setup():
+    train = ast.parse((ROOT / "launch" / "train.py").read_text())
+    stated = [
+        ast.literal_eval(node.value)
+        for node in train.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TORCH_RANGE"
+    ]
+    bounds = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert bounds is not None
+    assert stated == [tuple(tuple(map(int, bound.split("."))) for bound in bounds.groups())]
