@@ -1,0 +1,87 @@
+"""GenRecal in plain torch, sample by sample in double precision; nothing of ours but weights.
+
+Uses the encoders' tokens and transformers' own models and blocks. No padding, no packing, no
+chunking, no custom autograd, no ZeRO: what the two-rank run must reproduce.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+
+@dataclass
+class Reference:
+    teacher: torch.nn.Module  # HF models in double precision
+    student: torch.nn.Module
+    recalibrator: torch.nn.Module | None
+    stage: str
+
+    def hidden(self, model: torch.nn.Module, chat) -> torch.Tensor:
+        """[T, width] of one conversation."""
+        vision = {
+            key: value.double() if value.is_floating_point() else value
+            for key, value in chat.vision.items()
+        }
+        per_token = {key: value[None] for key, value in chat.per_token.items()}
+        output = model.model(
+            input_ids=chat.input_ids_T[None], use_cache=False, **vision, **per_token
+        )
+        return output.last_hidden_state[0]
+
+    def loss(self, pairs: Iterable) -> torch.Tensor:
+        """The loss of a whole optimizer step: sums over all its rows, divided once."""
+        pairs = list(pairs)
+        student_tokens = sum(end - start for p in pairs for start, end in p.student.answers)
+        total = torch.zeros((), dtype=torch.float64)
+        teacher_tokens = 0
+        for pair in pairs:
+            with torch.set_grad_enabled(self.stage != "align"):
+                z_s = self.hidden(self.student, pair.student)
+            if self.stage != "align":
+                total = total + self.student_ce(z_s, pair.student) / student_tokens
+            if pair.teacher is not None:
+                teacher_tokens += sum(end - start for start, end in pair.teacher.answers)
+        if self.recalibrator is not None:
+            for pair in pairs:
+                total = total + self.teacher_terms(pair) / teacher_tokens
+        return total
+
+    def student_ce(self, z_s: torch.Tensor, chat) -> torch.Tensor:
+        total = 0.0
+        for start, end in chat.answers:
+            logits = self.student.lm_head(z_s[start - 1 : end - 1])
+            total = total + cross_entropy(logits, chat.input_ids_T[start:end], reduction="sum")
+        return total
+
+    def teacher_terms(self, pair) -> torch.Tensor:
+        with torch.no_grad():
+            z_l = self.hidden(self.teacher, pair.teacher)
+        with torch.set_grad_enabled(self.stage != "align"):
+            z_s = self.hidden(self.student, pair.student)
+        total = self.one_pass(pair, z_l, z_s, pair.student.questions)
+        if self.stage == "align":
+            projected = z_l @ self.recalibrator.proj_pre.weight.T
+            total = total + self.one_pass(pair, z_l, projected, pair.teacher.questions)
+        return total
+
+    def one_pass(self, pair, z_l, question_rows, questions) -> torch.Tensor:
+        """q1 a1 .. qK aK through the blocks; CE + KL on the rows that predict the answers."""
+        chat, parts, wanted, labels, targets, length = pair.teacher, [], [], [], [], 0
+        for (q0, q1), (a0, a1) in zip(questions, chat.answers, strict=True):
+            parts.append(question_rows[q0:q1])
+            parts.append(z_l[a0:a1] @ self.recalibrator.proj_pre.weight.T)
+            length += q1 - q0
+            wanted += range(length - 1, length + a1 - a0 - 1)
+            length += a1 - a0
+            labels.append(chat.input_ids_T[a0:a1])
+            targets.append(z_l[a0 - 1 : a1 - 1])
+        hidden = self.recalibrator.blocks(inputs_embeds=torch.cat(parts)[None], use_cache=False)
+        r = self.recalibrator.proj_post(hidden.last_hidden_state[0])[wanted]
+        norm = self.recalibrator.norm
+        r = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+        log_q = self.teacher.lm_head(r).log_softmax(-1)
+        log_p = self.teacher.lm_head(torch.cat(targets)).log_softmax(-1)
+        ce = cross_entropy(log_q, torch.cat(labels), reduction="sum")
+        return ce + (log_p.exp() * (log_p - log_q)).sum()

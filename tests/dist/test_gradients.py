@@ -1,0 +1,111 @@
+"""Two ranks, two accumulation steps: gradients of every stage equal plain torch."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from genrecal_ds.config import load_recipe
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.plan import PADDING
+from genrecal_ds.data.reader import ShardReader
+from genrecal_ds.models.recalibrator import Recalibrator
+from genrecal_ds.training.build import open_inputs
+from tests.dist.reference import Reference
+from tests.dist.slots import steps_of
+from tests.fixtures import ROOT, partitioning_ds_configs, run_ranks, write_recipe
+
+pytestmark = pytest.mark.dist
+
+
+def recipe_for(folder, pair, shards, student, kind):
+    return write_recipe(
+        folder / "recipe.yaml",
+        run_dir=str(folder / "run"), precision="fp32",
+        teacher={"path": str(pair / "teacher_init"), "max_length": 128},
+        student={"path": str(pair / student), "max_length": 128},
+        data={"train": str(shards / "train")},
+        batch={"global_batch": 8, "micro_batch": 2},
+        optimizer={"lr": 1e-3, "clip": 0.0},
+        deepspeed=partitioning_ds_configs(folder),
+        log={"gradient_norms_every": 1},  # the probe must leave no gradient behind
+        stages=[{"kind": kind, "steps": 2}],
+    )  # fmt: skip
+
+
+def reference_gradients(recipe_path, kind, result):
+    """The second step's gradients from the weights the ranks had before it."""
+    recipe = load_recipe(recipe_path)
+    inputs = open_inputs(recipe)
+    encoders = inputs.encoders[recipe.stages[0].needs_teacher]
+    index = ShardIndex.load(recipe.data.train)
+    reader = ShardReader(index)
+    slots = [s for micro in steps_of(index)[1] for s in micro if s != PADDING]
+    samples = [reader.read(slot) for slot in slots]
+    pairs = [encoders.encode(sample.messages, sample.images) for sample in samples]
+    assert {len(sample.images) for sample in samples} == {0, 1}
+    assert len({len(p.teacher.input_ids_T if p.teacher else p.student.input_ids_T) for p in pairs}) > 3
+    assert any(len(pair.student.answers) == 2 for pair in pairs)
+
+    load = AutoModelForImageTextToText.from_pretrained
+    teacher = load(recipe.teacher.path, dtype=torch.float64).requires_grad_(False)
+    student = load(recipe.student.path, dtype=torch.float64).requires_grad_(False)
+    recalibrator = None
+    if kind != "sft":
+        width = teacher.config.get_text_config().hidden_size
+        recalibrator = Recalibrator(student.config.get_text_config(), width).double()
+    modules = {"student.model.": student, "recalibrator.": recalibrator}
+    parameters = {}
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters() if module else ():
+            with torch.no_grad():
+                parameter.copy_(result["weights"][prefix + name])
+            parameter.requires_grad_(prefix + name in result["gradients"])
+            if parameter.requires_grad:
+                parameters[prefix + name] = parameter
+    Reference(teacher, student, recalibrator, kind).loss(pairs).backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize(
+    "kind, student",
+    [("align", "student_init"), ("distill", "student_init"), ("distill", "student_untied"),
+     ("sft", "student_init"), ("sft", "student_untied")],
+)  # fmt: skip
+def test_gradients_equal_plain_torch(tmp_path, pair, shards, kind, student):
+    recipe = recipe_for(tmp_path, pair, shards, student, kind)
+    run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, kind, tmp_path / "result.pt"])
+    result = torch.load(tmp_path / "result.pt")
+    expected = reference_gradients(recipe, kind, result)
+    assert expected.keys() == result["gradients"].keys() and expected
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in result["gradients"].items():
+        truth = expected[name]
+        # Relative to the tensor's norm; tensors that are zero but for rounding, to the largest.
+        error = (gradient.double() - truth).norm() / max(truth.norm(), 1e-4 * scale)
+        assert error < 1e-5, f"{name}: relative error {error:.2e}"
+    assert {name.split(".")[0] for name in result["gradients"]} == {
+        "align": {"recalibrator"}, "distill": {"student", "recalibrator"}, "sft": {"student"},
+    }[kind]  # fmt: skip
+    assert result["still_whole"] == [], "parameters stay gathered after the step"
+
+    exported = tmp_path / f"{kind}_export" / "student"
+    model = AutoModelForImageTextToText.from_pretrained(exported)
+    assert not any("recalibrator" in name for name in model.state_dict())
+    dataset_logits = exported_logits(model, recipe)
+    torch.testing.assert_close(dataset_logits, result["logits"], rtol=0, atol=1e-6)
+
+
+def exported_logits(model, recipe_path):
+    """Of the same rows as ranks_gradients' `logits`, by the exported folder alone."""
+    recipe = load_recipe(recipe_path)
+    encoders = open_inputs(recipe).encoders[False]
+    index = ShardIndex.load(recipe.data.train)
+    reader = ShardReader(index)
+    rows = []
+    for slot in steps_of(index)[0][0]:
+        sample = reader.read(slot)
+        chat = encoders.encode(sample.messages, sample.images).student
+        with torch.no_grad():
+            logits = model(input_ids=chat.input_ids_T[None], **chat.vision).logits[0]
+        rows += [logits[start - 1 : end - 1] for start, end in chat.answers]
+    return torch.cat(rows)

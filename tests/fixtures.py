@@ -1,0 +1,111 @@
+"""What several test files need: the tiny pair, digit shards, and a way to run ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build_digit_shards(folder: Path, split: str, num_samples: int, seed: int = 0) -> Path:
+    from data_tools.build import build
+    from data_tools.sources import digits
+
+    arguments = {"split": split, "num_samples": num_samples, "seed": seed}
+    build(digits.samples(split, num_samples, seed), folder, source="digits", arguments=arguments)
+    return folder
+
+
+def texts_of_digits(num_samples: int = 500) -> list[str]:
+    from data_tools.sources import digits
+
+    return [
+        part["text"]
+        for sample in digits.samples("train", num_samples, 0)
+        for message in sample.messages
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
+
+
+def untie(folder: Path, out: Path) -> Path:
+    """A copy of a tied model with a head of its own, random."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    shutil.copytree(folder, out)
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    torch.manual_seed(1)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(out)
+    return out
+
+
+def write_recipe(path: Path, **tree) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def partitioning_ds_configs(folder: Path) -> dict[str, str]:
+    """The packaged ZeRO-3 files with no parameter small enough to be kept whole on every rank."""
+    paths = {}
+    for side in ("student", "teacher"):
+        config = json.loads((ROOT / f"ds_configs/{side}_zero3.json").read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        path = folder / f"{side}_zero3.json"
+        path.write_text(json.dumps(config))
+        paths[side] = str(path)
+    return paths
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Of a child process: this interpreter's commands first, one thread, no warnings."""
+    paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join(paths),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        **extra,
+    }
+
+
+def run_ranks(
+    script: Path | str, arguments: Sequence[str], world_size: int = 2, timeout: int = 240, **env: str
+) -> str:
+    """Run a script on world_size ranks and return rank 0's output.
+
+    The timeout is the guard against hangs: a rank that waits in a collective for one that
+    never comes fails the test instead of blocking the suite. All ranks are ended with it.
+    """
+    port = str(20000 + os.getpid() % 20000)
+    processes = []
+    for rank in range(world_size):
+        ranks = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, arguments)],
+                env=environment(**ranks, **env), cwd=ROOT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        )
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, process in enumerate(processes):
+        assert process.returncode == 0, f"rank {rank}: exit {process.returncode}\n{outputs[rank]}"
+    return outputs[0]
