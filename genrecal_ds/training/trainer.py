@@ -161,6 +161,7 @@ class Trainer:
         return {
             "step": step + 1,
             "samples": (step + 1) * self.parts.plan.global_batch,
+            "world_size": dist.world_size(),
             "lr": learning_rate(step, self.num_steps, self.stage, self.recipe.optimizer),
             "gradient_norm": self.parts.student.gradient_norm,
             "metrics": metrics,

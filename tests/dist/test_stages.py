@@ -1,0 +1,173 @@
+"""What changes in each stage, resume, and the ways to launch: real runs of launch/train.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from genrecal_ds.models.families import FAMILIES
+from genrecal_ds.models.vlm import component_of
+from tests.fixtures import ROOT, environment, partitioning_ds_configs, run_ranks, write_recipe
+
+pytestmark = pytest.mark.dist
+
+TRAINS = {
+    "align": set(),
+    "distill": {"layers", "norm"},
+    "sft": {"projector", "embeddings", "layers", "norm", "head"},
+    "pretrain": {"vision", "projector", "embeddings", "layers", "norm", "head"},
+}
+
+
+def recipe_tree(folder, pair, shards, student="student_init", **tree):
+    return dict(
+        run_dir=str(folder / "run"), precision="fp32", deterministic=True,
+        teacher={"path": str(pair / "teacher_init"), "max_length": 128},
+        student={"path": str(pair / student), "max_length": 128},
+        data={"train": str(shards / "train"), "validation": str(shards / "validation")},
+        batch={"global_batch": 8, "micro_batch": 2},
+        optimizer={"lr": 1e-3},
+        log={"validation_samples": 8},
+        deepspeed=partitioning_ds_configs(folder),
+    ) | tree  # fmt: skip
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """By transformers' own loader: names in the files are those of older releases."""
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
+
+
+@pytest.mark.parametrize("student", ["student_init", "student_untied"])
+def test_exactly_the_papers_parameters_change(tmp_path, pair, shards, student):
+    """After 3 steps of each stage; every one starts from the same folder."""
+    stages = [
+        {"kind": kind, "steps": 3, "student": str(pair / student)} for kind in TRAINS
+    ]
+    tree = recipe_tree(tmp_path, pair, shards, student, stages=stages)
+    run_ranks(ROOT / "launch/train.py", [write_recipe(tmp_path / "r.yaml", **tree)])
+    before = weights(pair / student)
+    for kind, trains in TRAINS.items():
+        after = weights(tmp_path / "run" / kind / "student")
+        assert after.keys() == before.keys()
+        changed, same = set(), set()
+        for name, value in after.items():
+            component = component_of(name, FAMILIES["internvl"].components)
+            (same if torch.equal(value, before[name]) else changed).add((component, name))
+        assert {component for component, _ in changed} == trains & {c for c, _ in changed | same}
+        stuck = {name for component, name in same if component in trains}
+        # Attention is blind to what a key bias adds to all scores alike: its gradient is zero.
+        assert all(name.endswith("k_proj.bias") for name in stuck), stuck
+    assert not (tmp_path / "run/sft/recalibrator").exists()
+    first = load_file(tmp_path / "run/align/recalibrator/recalibrator.safetensors")
+    second = load_file(tmp_path / "run/distill/recalibrator/recalibrator.safetensors")
+    for name in first:  # distill goes on from align's
+        assert not torch.equal(first[name], second[name]) or name.endswith("k_proj.bias"), name
+
+
+def test_resumed_run_equals_uninterrupted_bitwise(tmp_path, pair, shards):
+    stages = [{"kind": "distill", "steps": 6}]
+    tree = recipe_tree(tmp_path, pair, shards, stages=stages, checkpoint={"every": 3})
+    recipe = write_recipe(tmp_path / "whole.yaml", **tree)
+    run_ranks(ROOT / "launch/train.py", [recipe])
+    whole = tmp_path / "run/distill"
+
+    other = tmp_path / "other/distill"
+    shutil.copytree(whole / "checkpoints", other / "checkpoints")
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    (other / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n")  # it died after step 5
+    output = run_ranks(ROOT / "launch/train.py", [recipe, f"run_dir={tmp_path}/other"])
+    assert "resumed at step 3" in output
+    for part in ("student/model.safetensors", "recalibrator/recalibrator.safetensors"):
+        assert (other / part).read_bytes() == (whole / part).read_bytes(), part
+    records = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["metrics"]["loss"] for r in records] == [r["metrics"]["loss"] for r in expected]
+
+    damaged = tmp_path / "damaged/distill"
+    shutil.copytree(whole / "checkpoints", damaged / "checkpoints")
+    victim = next((damaged / "checkpoints/step-00000003").glob("*rank_1*optim_states.pt"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(AssertionError, match="missing or damaged"):
+        run_ranks(ROOT / "launch/train.py", [recipe, f"run_dir={tmp_path}/damaged"])
+
+    export = [sys.executable, "-m", "genrecal_ds.export"]
+    middle = whole / "checkpoints/step-00000003"
+    subprocess.run([*export, middle, tmp_path / "middle"], check=True, env=environment(), cwd=ROOT)
+    early, late = weights(tmp_path / "middle"), weights(whole / "student")
+    assert early.keys() == late.keys()
+    assert not torch.equal(early["model.language_model.norm.weight"],
+                           late["model.language_model.norm.weight"])  # fmt: skip
+    repeated = subprocess.run(
+        [*export, middle, tmp_path / "middle"], env=environment(), cwd=ROOT,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert repeated.returncode == 2 and "exists already" in repeated.stderr
+
+
+def without_compiler(folder: Path) -> dict[str, str]:
+    """A PATH with this interpreter's commands, a shell, and no compiler."""
+    commands = folder / "commands"
+    commands.mkdir()
+    for name in ("sh", "bash", "env", "hostname", "uname", "cat", "which"):
+        if found := shutil.which(name):
+            (commands / name).symlink_to(found)
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(commands)])
+    assert shutil.which("g++", path=path) is None and shutil.which("c++", path=path) is None
+    return {"PATH": path, "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+
+
+def test_bf16_offload_and_monitor_need_no_compiler(tmp_path, pair, shards):
+    configs = {"student": "student_zero3_offload", "teacher": "teacher_zero3_offload"}
+    tree = recipe_tree(
+        tmp_path, pair, shards, precision="bf16", deepspeed=configs,
+        log={"tensorboard": True, "gradient_norms_every": 1}, profile="1:2",
+        stages=[{"kind": "distill", "steps": 2}],
+    )  # fmt: skip
+    recipe = write_recipe(tmp_path / "r.yaml", **tree)
+    run_ranks(ROOT / "launch/train.py", [recipe], **without_compiler(tmp_path))
+    run = tmp_path / "run/distill"
+    assert all(value.dtype == torch.bfloat16 for value in weights(run / "student").values())
+    assert list(run.rglob("events.out.tfevents*"))
+    assert list((run / "profile").glob("rank*.json.gz"))
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"loss", "ar_boundary", "kl_other", "gradient/ar_boundary"} <= record["metrics"].keys()
+    assert {"teacher", "student", "recalibrator", "head", "optimizer"} <= record["phases"].keys()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["deepspeed", "--num_accelerators", "2", "launch/train.py", "RECIPE"],
+        ["deepspeed", "launch/train.py", "RECIPE", "--hostfile", "HOSTFILE"],
+        ["torchrun", "--nproc_per_node", "2", "launch/train.py", "RECIPE"],
+    ],
+)
+def test_every_form_of_launch_starts_two_ranks(tmp_path, pair, shards, command):
+    tree = recipe_tree(tmp_path, pair, shards, stages=[{"kind": "sft", "steps": 2}])
+    names = {
+        "RECIPE": str(write_recipe(tmp_path / "r.yaml", **tree)),
+        "HOSTFILE": str(tmp_path / "hosts"),
+    }
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    program = Path(sys.executable).parent / command[0]
+    launched = subprocess.run(
+        [str(program), *(names.get(word, word) for word in command[1:])],
+        env=environment(DS_ACCELERATOR="cpu"), cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
+    path = tmp_path / "run/sft/DONE"
+    assert json.loads(path.read_text())["steps"] == 2
+    record = json.loads((tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()[0])
+    assert record["world_size"] == 2
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["seed"] == 0
