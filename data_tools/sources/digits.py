@@ -4,6 +4,7 @@ A scene is a 2 x 2 grid of digit images. The source images, not the scenes, are 
 train, validation and heldout: no handwriting is ever seen in two splits. Kinds of questions,
 after the benchmarks they imitate:
 
+    digit    a scene of one cell: which digit is it (teaches sight before anything else)
     place    VQAv2: which digit is where          largest  VQAv2: compare, with reasoning
     read     TextVQA: read the number of a row    row_sum, column_sum  OK-VQA: arithmetic
     box      RefCOCO+: where is the digit, as a box in pixels
@@ -21,7 +22,7 @@ from data_tools.sources import RawSample
 
 CELL = 16  # pixels; a digit image is 8 x 8, enlarged to 14 with a jitter of one pixel
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
-KINDS = ("place", "largest", "read", "row_sum", "column_sum", "box")
+KINDS = ("digit", "place", "largest", "read", "row_sum", "column_sum", "box")
 TEXT_SHARE, TWO_TURN_SHARE = 0.03, 0.15
 _SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "heldout": (0.8, 1.0)}
 
@@ -45,10 +46,13 @@ def samples(
         if mixes and generator.random() < TEXT_SHARE:
             yield _text_only(generator, f"{split}-{number}")
             continue
-        chosen = generator.integers(len(labels), size=4)
-        grid = labels[chosen].reshape(2, 2)
         turns = 2 if mixes and generator.random() < TWO_TURN_SHARE else 1
         picked = [kinds[generator.integers(len(kinds))] for _ in range(turns)]
+        if "digit" in picked:
+            picked = ["digit"]
+        side = 1 if picked == ["digit"] else 2
+        chosen = generator.integers(len(labels), size=side * side)
+        grid = labels[chosen].reshape(side, side)
         asked = [_ask(kind, grid, generator) for kind in picked]
         identity = "-".join(str(sources[i]) for i in chosen)
         yield RawSample(
@@ -74,8 +78,10 @@ def load_split(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _ask(kind: str, grid: np.ndarray, generator: np.random.Generator) -> tuple[str, str, str]:
     """(question, answer as taught, final answer as scored)."""
-    row, column = generator.integers(2, size=2)
+    row, column = generator.integers(len(grid), size=2)
     digit = int(grid[row, column])
+    if kind == "digit":
+        return "what digit is this ?", f"{digit}", f"{digit}"
     if kind == "place":
         return f"what digit is {ROWS[row]} {COLUMNS[column]} ?", f"{digit}", f"{digit}"
     if kind == "read":
@@ -118,13 +124,14 @@ def _text_only(generator: np.random.Generator, identity: str) -> RawSample:
 
 
 def _scene(digits: np.ndarray, generator: np.random.Generator) -> bytes:
-    """Four digits with jitter, contrast and a tinted background, as PNG."""
-    canvas = np.zeros((2 * CELL, 2 * CELL), np.float32)
+    """A square grid of digits with jitter, contrast and a tinted background, as PNG."""
+    side = round(len(digits) ** 0.5)
+    canvas = np.zeros((side * CELL, side * CELL), np.float32)
     for position, digit in enumerate(digits):
-        enlarged = Image.fromarray(digit).resize((14, 14), Image.Resampling.BILINEAR)
+        enlarged = np.asarray(Image.fromarray(digit).resize((14, 14), Image.Resampling.BILINEAR))
         top, left = generator.integers(0, 3, size=2)
-        y, x = divmod(position, 2)
-        canvas[y * CELL + top : y * CELL + top + 14, x * CELL + left : x * CELL + left + 14] = enlarged
+        y, x = (CELL * index for index in divmod(position, side))
+        canvas[y + top : y + top + 14, x + left : x + left + 14] = enlarged
     ink = generator.uniform(0.75, 1.0)
     paper = generator.uniform(0, 40, size=3)
     color = paper + canvas[..., None] / 255.0 * (255.0 * ink - paper)

@@ -39,6 +39,7 @@ class ChatEncoder:
         if not self.tokenizer.is_fast:
             raise UserError(f"{folder}: its tokenizer has no character offsets; save a fast one")
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        self.end_of_turn: int | None = None
         self.end_of_turn = self._find_end_of_turn()
 
     def encode(self, messages: Messages, images: list[Image]) -> EncodedChat:
@@ -96,7 +97,10 @@ class ChatEncoder:
         contents = [_text_of(message) for message in messages if message["role"] == "assistant"]
         if len(starts) != len(contents):
             raise Unusable("the template drops or merges assistant turns")
+        end = self.tokenizer.convert_ids_to_tokens(self.end_of_turn) if self.end_of_turn else None
         for start, content in zip(starts, contents, strict=True):
+            if end and end in content:
+                raise Unusable("an answer that holds the end-of-turn token")
             # Both models must be taught the same text; a template that alters it breaks that.
             if not text[start:].lstrip().startswith(content.strip()):
                 raise Unusable("the template alters an answer")

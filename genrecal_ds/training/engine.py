@@ -14,9 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+if not torch.cuda.is_available():  # said, not guessed: else every rank prints a warning on import
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 import deepspeed
 import deepspeed.ops
-import torch
 import torch.distributed as torch_dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn

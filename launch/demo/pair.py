@@ -98,7 +98,7 @@ def build_teacher(lines: list[str], folder: Path, *, width: int = 128, layers: i
 def build_student(lines: list[str], folder: Path, *, width: int = 64, layers: int = 2) -> None:
     """An InternVL folder with a tied head."""
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = _sentencepiece(lines, STUDENT_SPECIAL, Path(scratch), vocab_size=160)
+        tokenizer = _sentencepiece(lines, STUDENT_SPECIAL, Path(scratch), vocab_size=440)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in STUDENT_SPECIAL}
     config = AutoConfig.for_model(
         "internvl",
@@ -161,7 +161,7 @@ def _sentencepiece(
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(scratch / "tokenizer"),
         model_type="bpe", vocab_size=vocab_size, user_defined_symbols=special,
-        byte_fallback=False, hard_vocab_limit=False, minloglevel=2,
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     return LlamaTokenizer.from_pretrained(
         scratch, eos_token="<end>", additional_special_tokens=special,
