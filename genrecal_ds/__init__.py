@@ -3,9 +3,9 @@
 The way of the data:
 
     sources --data_tools--> shards + index --plan--> PairBatch
-        PairBatch --> teacher body (frozen, ZeRO-3) --+
-        PairBatch --> student body (ZeRO-3) ----------+--> token_align --> Recalibrator --> head_loss
-                            +--> student head CE              frozen teacher head ------------^
+      PairBatch --> teacher body (frozen, ZeRO-3) --+
+      PairBatch --> student body (ZeRO-3) ----------+--> token_align --> Recalibrator --> head_loss
+                          +--> student head CE              frozen teacher head ------------^
     launch/train.py RECIPE --> Trainer(stage) --> Engines --> checkpoints --> export --> evaluate
 
 Shape suffixes used in tensor code:

@@ -97,7 +97,9 @@ class StageConfig(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         if not self.name.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"name {self.name!r}: letters, digits, - and _ only (it names a folder)")
+            raise ValueError(
+                f"name {self.name!r}: letters, digits, - and _ only (it names a folder)"
+            )
         losses = self.losses
         if self.kind in ("align", "distill") and losses.ar == losses.kl == 0:
             raise ValueError("losses.ar and losses.kl are both 0: nothing teaches the Recalibrator")
@@ -223,11 +225,13 @@ def check_folders(recipe: Recipe) -> None:
     shards |= {f"stages.{stage.name}.data": stage.data for stage in recipe.stages}
     for key, path in shards.items():
         if path is not None and not (path / "manifest.json").is_file():
-            raise UserError(f"{key}: {path} has no manifest.json; build it: python -m data_tools.build")
+            raise UserError(
+                f"{key}: {path} has no manifest.json; build it: python -m data_tools.build"
+            )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply dotted overrides (`batch.micro_batch=4`, `stages.align.steps=9`).
+    """Read a YAML recipe and apply dotted overrides (`seed=4`, `stages.align.steps=9`).
 
     Relative paths are kept as written, relative to the working directory.
     Raises UserError with one line naming the file, the key and the fix.
@@ -320,7 +324,7 @@ def _fields_at(location: Sequence[str | int]) -> list[str]:
 
 
 def load_ds_config(name: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON by packaged name or path. Structure only; raises UserError otherwise."""
+    """Read a DeepSpeed JSON by packaged name or path. Structure only, else UserError."""
     packaged = Path(__file__).resolve().parent.parent / "ds_configs" / f"{name}.json"
     path = Path(name) if name.endswith(".json") else packaged
     if not path.is_file():

@@ -1,7 +1,7 @@
 """The student as a plain Hugging Face folder; nothing of the Recalibrator in it.
 
-    python -m genrecal_ds.export runs/demo/sft OUT                       a finished stage
-    python -m genrecal_ds.export runs/demo/sft/checkpoints/step-00000100 OUT   one in the middle
+python -m genrecal_ds.export runs/demo/sft OUT                       a finished stage
+python -m genrecal_ds.export runs/demo/sft/checkpoints/step-00000100 OUT   one in the middle
 """
 
 import argparse
@@ -70,8 +70,10 @@ def export(source: Path, folder: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m genrecal_ds.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m genrecal_ds.export", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

@@ -51,7 +51,8 @@ def relaunch(hostfile: Path, arguments: list[str]) -> int:
     script = str(Path(__file__).resolve().parent / "train.py")
     # What the first launcher set describes its own ranks; the second must not inherit it.
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE",
-                "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE")  # fmt: skip
+                "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
+                "LOCAL_WORLD_SIZE")  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key not in launched}
     with tempfile.TemporaryDirectory() as folder:
         checked = Path(folder) / "hostfile"

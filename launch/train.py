@@ -1,10 +1,10 @@
 """Run a recipe's stages.
 
-    deepspeed --num_accelerators 2 launch/train.py RECIPE.yaml [key=value ...]
-    deepspeed --hostfile HOSTS launch/train.py RECIPE.yaml [key=value ...]
-    deepspeed launch/train.py RECIPE.yaml --hostfile HOSTS [key=value ...]
-    torchrun --nproc_per_node 2 launch/train.py RECIPE.yaml [key=value ...]
-    python launch/train.py RECIPE.yaml --dry-run
+deepspeed --num_accelerators 2 launch/train.py RECIPE.yaml [key=value ...]
+deepspeed --hostfile HOSTS launch/train.py RECIPE.yaml [key=value ...]
+deepspeed launch/train.py RECIPE.yaml --hostfile HOSTS [key=value ...]
+torchrun --nproc_per_node 2 launch/train.py RECIPE.yaml [key=value ...]
+python launch/train.py RECIPE.yaml --dry-run
 """
 
 import argparse

@@ -80,7 +80,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run_ranks(
-    script: Path | str, arguments: Sequence[str], world_size: int = 2, timeout: int = 240, **env: str
+    script: Path | str,
+    arguments: Sequence[str],
+    world_size: int = 2,
+    timeout: int = 240,
+    **env: str,
 ) -> str:
     """Run a script on world_size ranks and return rank 0's output.
 
@@ -97,8 +101,11 @@ def run_ranks(
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(script), *map(str, arguments)],
-                env=environment(**ranks, **env), cwd=ROOT, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env=environment(**ranks, **env),
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )  # fmt: skip
         )
     try:

@@ -155,11 +155,12 @@ def _pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
     for key, rule in rules.items():
         tensors = [view.vision[key] for view in views if key in view.vision]
         if tensors:
-            vision[key] = torch.cat(_pad_tiles(tensors) if rule == "tiles" else tensors)
+            vision[key] = torch.cat(pad_tiles(tensors) if rule == "tiles" else tensors)
     return SideBatch(input_ids, attention_mask, {**per_token, **vision})
 
 
-def _pad_tiles(tensors: list[Tensor]) -> list[Tensor]:
+def pad_tiles(tensors: list[Tensor]) -> list[Tensor]:
+    """[1, tiles, ...] of several samples, padded with zeros to the most tiles."""
     most = max(tensor.shape[1] for tensor in tensors)
     return [
         torch.cat([t, t.new_zeros(t.shape[0], most - t.shape[1], *t.shape[2:])], dim=1)

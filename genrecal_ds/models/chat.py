@@ -22,6 +22,7 @@ from genrecal_ds.models.families import FAMILIES
 from genrecal_ds.models.processors import load_processor
 from genrecal_ds.models.vlm import read_config
 
+
 class ChatEncoder:
     """Encodes chats for the model in `folder`. Refuses, in one line, what it could not do right."""
 

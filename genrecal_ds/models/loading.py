@@ -82,11 +82,13 @@ def file_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]
                 f"{checkpoint.shape(renamed[source])}, config.json says {tuple(shape)}"
             )
     if missing:
-        raise UserError(f"{checkpoint.folder}: no weights for {', '.join(missing[:3])}"
-                        + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""))  # fmt: skip
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"{checkpoint.folder}: no weights for {', '.join(missing[:3])}{more}")
     known = parameters.keys() | dict(model.named_buffers()).keys()
     if foreign := [name for name in renamed if name not in known]:
-        raise UserError(f"{checkpoint.folder}: {foreign[0]} fits no parameter of {type(model).__name__}")
+        raise UserError(
+            f"{checkpoint.folder}: {foreign[0]} fits no parameter of {type(model).__name__}"
+        )
     return names
 
 

@@ -27,7 +27,9 @@ class TokenAlign(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(student_width, teacher_width, dtype=dtype))
 
-    def forward(self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, source_P: Tensor) -> Tensor:
+    def forward(
+        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, source_P: Tensor
+    ) -> Tensor:
         return token_align(student_hidden_BSD, teacher_rows_AH, self.weight, source_P)
 
 
@@ -54,7 +56,7 @@ class Recalibrator(nn.Module):
         self.norm = nn.RMSNorm(teacher_width, eps=eps, dtype=dtype)
 
     def initialize(self, std: float, teacher_norm_H: Tensor | None) -> None:
-        """Blocks and projections N(0, std), biases 0; norm weights 1, the last the teacher's own."""
+        """Blocks and projections N(0, std), biases 0, norms 1, the last the teacher's own."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=std)
@@ -64,7 +66,9 @@ class Recalibrator(nn.Module):
             with torch.no_grad():
                 self.norm.weight.copy_(teacher_norm_H)
 
-    def forward(self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, packing: Packing) -> Tensor:
+    def forward(
+        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, packing: Packing
+    ) -> Tensor:
         """rows [N, H] for packing.loss_rows, ready for the teacher's head.
 
         The blocks see each sequence right-padded to the longest: under a causal mask no real
@@ -86,7 +90,7 @@ class Recalibrator(nn.Module):
 
 
 def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
-    """The student's text config cut to `depth` full-attention blocks with plain RoPE of its theta."""
+    """The student's text config with `depth` full-attention blocks and plain RoPE of its theta."""
     config = copy.deepcopy(text_config)
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
@@ -107,7 +111,9 @@ def build_decoder(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     decoder = AutoModel.from_config(config, dtype=dtype)
     decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
     if not hasattr(decoder, "embed_tokens") or not hasattr(decoder, "norm"):
-        raise UserError(f"student text model {type(decoder).__name__}: no decoder adapter for it yet")
+        raise UserError(
+            f"student text model {type(decoder).__name__}: no decoder adapter for it yet"
+        )
     decoder.embed_tokens = None
     decoder.norm = nn.Identity()  # the Recalibrator has its own norm, after Proj-post
     return decoder

@@ -43,7 +43,9 @@ class VLM(nn.Module):
         self.family = FAMILIES[model.config.model_type]
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
-            raise UserError(f"{type(model).__name__}: head {type(head).__name__} has no adapter yet")
+            raise UserError(
+                f"{type(model).__name__}: head {type(head).__name__} has no adapter yet"
+            )
         # The same module with one more call form: parameters, names and ties stay as they are.
         head.__class__ = LanguageHead
 
@@ -58,7 +60,9 @@ class VLM(nn.Module):
         model.tie_weights()  # part of the initialisation that a sharded build skips
         return cls(model)
 
-    def body(self, input_ids: Tensor, attention_mask: Tensor, vision: Mapping[str, Tensor]) -> Tensor:
+    def body(
+        self, input_ids: Tensor, attention_mask: Tensor, vision: Mapping[str, Tensor]
+    ) -> Tensor:
         """hidden [B, T, D] after the final norm: what enters the head."""
         vision = {
             key: value.to(self.model.dtype) if value.is_floating_point() else value
@@ -93,7 +97,9 @@ class VLM(nn.Module):
         """
         if self.is_tied and ("embeddings" in trained) != ("head" in trained):
             one = "embeddings" if "embeddings" in trained else "head"
-            raise UserError(f"train: {one} alone, but the student's head is tied; name both or none")
+            raise UserError(
+                f"train: {one} alone, but the student's head is tied; name both or none"
+            )
         for _, parameter, component in self.components():
             parameter.requires_grad_(component in trained)
 
@@ -126,7 +132,9 @@ class TeacherBody(nn.Module):
         """Always in eval mode, whatever the engine asks for."""
         return super().train(False)
 
-    def forward(self, inputs: SideBatch, rows_A: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: SideBatch, rows_A: Tensor, targets_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(rows [A, H] for the Recalibrator, target rows [N, H]) by flat index into [B*T]."""
         hidden_BTH = self.teacher.body(*inputs)
         rows = hidden_BTH.flatten(0, 1)

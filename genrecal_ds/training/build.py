@@ -63,7 +63,7 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
-    """Tokenizers, templates and shard indices. Raises UserError with one line for any that fails."""
+    """Tokenizers, templates and shard indices. Raises UserError for the first that fails."""
     student = ChatEncoder(recipe.student.path, recipe.student.max_length)
     encoders = {False: PairEncoders(student)}
     if any(stage.needs_teacher for stage in recipe.stages):

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or invisible, and verified before they are loaded.
 
-    checkpoints/step-00000120.tmp/   being written; ignored, removed by the next save
-    checkpoints/step-00000120/       complete: manifest.json with sha256 of every file
-    checkpoints/latest               the newest complete one, replaced atomically
+checkpoints/step-00000120.tmp/   being written; ignored, removed by the next save
+checkpoints/step-00000120/       complete: manifest.json with sha256 of every file
+checkpoints/latest               the newest complete one, replaced atomically
 """
 
 import hashlib
@@ -68,8 +68,8 @@ class Checkpoints:
         for key, value in expected.items():
             if manifest.get(key) != value:
                 raise UserError(
-                    f"{path}: was written with {key} {manifest.get(key)!r}, this run has {value!r}; "
-                    "resume with the same, or set resume=never and another run_dir"
+                    f"{path}: was written with {key} {manifest.get(key)!r}, this run has "
+                    f"{value!r}; resume with the same, or set resume=never and another run_dir"
                 )
         state = engine.load(self.folder, path.name)
         _set_rng_state(state["rng"])
@@ -101,7 +101,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def consolidate(path: Path) -> dict[str, Tensor]:
-    """Whole fp32 trainable parameters of a checkpoint, by name in the trained module. One process."""
+    """Whole fp32 trainable parameters of a checkpoint, by name in the trained module."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     return get_fp32_state_dict_from_zero_checkpoint(

@@ -1,7 +1,7 @@
 """The loop. Knows an objective and two engines by their interface, and no model.
 
-    for each step: fetch all micro-batches -> count rows over all ranks -> teacher rows, forward,
-    backward each -> update -> report
+for each step: fetch all micro-batches -> count rows over all ranks -> teacher rows, forward,
+backward each -> update -> report
 """
 
 import hashlib
@@ -31,7 +31,9 @@ from genrecal_ds.training.stages import learning_rate
 class Trainer:
     """One stage, from its start or a checkpoint to its exported result."""
 
-    def __init__(self, recipe: Recipe, stage: StageConfig, parts: StageParts, facts: dict[str, Any]):
+    def __init__(
+        self, recipe: Recipe, stage: StageConfig, parts: StageParts, facts: dict[str, Any]
+    ):
         self.recipe, self.stage, self.parts = recipe, stage, parts
         self.folder = recipe.run_dir / stage.name
         self.num_steps = stage.steps or math.ceil((stage.epochs or 0) * parts.plan.steps_per_epoch)
@@ -49,7 +51,9 @@ class Trainer:
         """Train to the end and write the stage's result."""
         first_step = self._resume()
         self.log.keep_steps_before(first_step + 1)
-        batches = self._micro_batches(self.parts.dataset, self.parts.plan, first_step, self.num_steps)
+        batches = self._micro_batches(
+            self.parts.dataset, self.parts.plan, first_step, self.num_steps
+        )
         profiler = Profiler(self.recipe.profile, self.folder)
         with Progress(self.stage.name, first_step, self.num_steps) as progress:
             for step in range(first_step, self.num_steps):
@@ -145,7 +149,7 @@ class Trainer:
     def _record(
         self, step: int, micro: list[PairBatch], report: Report, seconds: float
     ) -> dict[str, Any]:
-        """One step's line; {} on steps that are not logged. Ranks agree on the step, so all call."""
+        """One step's line; {} on steps that are not logged. A collective on the others."""
         for reason in (reason for batch in micro for reason in batch.rejects):
             self.rejects[reason] = self.rejects.get(reason, 0) + 1
         phases = self.parts.clock.take()
@@ -185,7 +189,9 @@ class Trainer:
             dtype=torch.float64,
         )
         values = dist.sum_over_ranks(counts.to(self.device)).long().tolist()
-        return dict(zip(("student", "teacher", "packed", "samples", "rejected"), values, strict=True))
+        return dict(
+            zip(("student", "teacher", "packed", "samples", "rejected"), values, strict=True)
+        )
 
     def _checkpoint(self, next_step: int) -> None:
         every = self.recipe.checkpoint.every

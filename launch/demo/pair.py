@@ -23,6 +23,9 @@ from transformers import (
 
 from genrecal_ds.models.processors import build_processor
 
+# Of all matrices. At these widths the usual 0.02 starves attention: after 400 steps the teacher
+# names a single digit in 38 % of the cases with it, in 96 % with 0.08 (docs/log.md).
+TEACHER_STD, STUDENT_STD = 0.08, 0.12
 TEACHER_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|image_pad|>", "<|video_pad|>",
@@ -70,7 +73,7 @@ def build_teacher(lines: list[str], folder: Path, *, width: int = 128, layers: i
         text_config={
             "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
-            "max_position_embeddings": 512,
+            "max_position_embeddings": 512, "initializer_range": TEACHER_STD,
             "rope_parameters": {
                 "rope_type": "default", "rope_theta": 10000.0,
                 "mrope_section": [width // 16, width // 32, width // 32],
@@ -106,6 +109,7 @@ def build_student(lines: list[str], folder: Path, *, width: int = 64, layers: in
             "model_type": "qwen2", "hidden_size": width, "intermediate_size": 3 * width,
             "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
             "vocab_size": len(tokenizer), "max_position_embeddings": 512,
+            "initializer_range": STUDENT_STD,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": ids["<end>"],
             "pad_token_id": tokenizer.unk_token_id, "tie_word_embeddings": True,
@@ -129,6 +133,9 @@ def build_student(lines: list[str], folder: Path, *, width: int = 64, layers: in
 
 def _save(config, processor, folder: Path, end_of_turn: int, padding: int) -> None:
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=config.get_text_config().initializer_range)
     model.generation_config = GenerationConfig(
         eos_token_id=end_of_turn, pad_token_id=padding, do_sample=False, max_new_tokens=32
     )

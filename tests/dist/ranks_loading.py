@@ -1,6 +1,6 @@
 """Run on every rank: load a folder sharded, gather it again, compare bit by bit.
 
-    ranks_loading.py TEACHER_FOLDER STUDENT_FOLDER
+ranks_loading.py TEACHER_FOLDER STUDENT_FOLDER
 """
 
 import sys

@@ -43,7 +43,9 @@ def reference_gradients(recipe_path, kind, result):
     samples = [reader.read(slot) for slot in slots]
     pairs = [encoders.encode(sample.messages, sample.images) for sample in samples]
     assert {len(sample.images) for sample in samples} == {0, 1}
-    assert len({len(p.teacher.input_ids_T if p.teacher else p.student.input_ids_T) for p in pairs}) > 3
+    assert (
+        len({len(p.teacher.input_ids_T if p.teacher else p.student.input_ids_T) for p in pairs}) > 3
+    )
     assert any(len(pair.student.answers) == 2 for pair in pairs)
 
     load = AutoModelForImageTextToText.from_pretrained

@@ -48,9 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("student", ["student_init", "student_untied"])
 def test_exactly_the_papers_parameters_change(tmp_path, pair, shards, student):
     """After 3 steps of each stage; every one starts from the same folder."""
-    stages = [
-        {"kind": kind, "steps": 3, "student": str(pair / student)} for kind in TRAINS
-    ]
+    stages = [{"kind": kind, "steps": 3, "student": str(pair / student)} for kind in TRAINS]
     tree = recipe_tree(tmp_path, pair, shards, student, stages=stages)
     run_ranks(ROOT / "launch/train.py", [write_recipe(tmp_path / "r.yaml", **tree)])
     before = weights(pair / student)
@@ -163,7 +161,8 @@ def test_every_form_of_launch_starts_two_ranks(tmp_path, pair, shards, command):
     program = Path(sys.executable).parent / command[0]
     launched = subprocess.run(
         [str(program), *(names.get(word, word) for word in command[1:])],
-        env=environment(DS_ACCELERATOR="cpu"), cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=environment(DS_ACCELERATOR="cpu"), cwd=ROOT, capture_output=True, text=True,
+        timeout=120,
     )  # fmt: skip
     assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
     path = tmp_path / "run/sft/DONE"

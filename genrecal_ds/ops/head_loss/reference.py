@@ -88,7 +88,12 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, num_rows, chunk):
             rows = slice(start, start + chunk)
             ce, kl, top1, grad = _chunk(
-                rows_KNH[:, rows], teacher_rows_NH[rows], labels_N[rows], head, weights_2K, needs_grad
+                rows_KNH[:, rows],
+                teacher_rows_NH[rows],
+                labels_N[rows],
+                head,
+                weights_2K,
+                needs_grad,
             )
             ce_KN[:, rows], kl_KN[:, rows], top1_KN[:, rows] = ce, kl, top1
             if grad_KNH is not None:

@@ -25,7 +25,9 @@ def text_config(name, **overrides):
 
 
 TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
-TINY_QWEN = dict(TINY, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]))
+TINY_QWEN = dict(
+    TINY, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+)
 
 
 @pytest.mark.parametrize(

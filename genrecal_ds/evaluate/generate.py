@@ -1,0 +1,70 @@
+"""Greedy answers of a plain Hugging Face model to the last turn of every sample.
+
+Shapes: B prompts of one batch, T longest prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from genrecal_ds.data.batch import pad_tiles
+from genrecal_ds.data.reader import Sample
+from genrecal_ds.models.chat import ChatEncoder
+
+
+@dataclass
+class Generator:
+    """A model folder ready to answer, with the folder's own generation settings."""
+
+    folder: Path
+    max_new_tokens: int = 32
+    max_length: int = 1 << 20  # prompts are never cut
+
+    def __post_init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.encoder = ChatEncoder(self.folder, self.max_length)
+        self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto")
+        self.model.to(self.device).eval()
+
+    def answers(self, samples: Sequence[Sample], batch_size: int) -> Iterator[list[str]]:
+        """The generated texts of each batch, in order."""
+        for start in range(0, len(samples), batch_size):
+            yield self._answer(samples[start : start + batch_size])
+
+    @torch.no_grad()
+    def _answer(self, samples: Sequence[Sample]) -> list[str]:
+        prompts = [self.encoder.prompt(s.messages[:-1], s.images) for s in samples]
+        inputs = left_pad(prompts, self.encoder)
+        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        tokens = self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.encoder.end_of_turn,
+            pad_token_id=self.encoder.end_of_turn,
+        )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def left_pad(prompts: Sequence[dict[str, Tensor]], encoder: ChatEncoder) -> dict[str, Tensor]:
+    """One batch whose prompts end in the same column, where generation goes on."""
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    batch: dict[str, Tensor] = {}
+    fills = {"input_ids": encoder.end_of_turn, "attention_mask": 0}
+    fills.update(dict.fromkeys(encoder.per_token, 0))
+    for key, fill in fills.items():
+        rows = []
+        for prompt in prompts:
+            row = prompt[key] if key in prompt else torch.ones_like(prompt["input_ids"])
+            rows.append(torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=fill))
+        batch[key] = torch.cat(rows)
+    for key, rule in encoder.vision_rules.items():
+        tensors = [prompt[key] for prompt in prompts if key in prompt]
+        if tensors:
+            batch[key] = torch.cat(pad_tiles(tensors) if rule == "tiles" else tensors)
+    return batch

@@ -1,0 +1,196 @@
+"""The demo: a whole distillation at toy size, on two CPU ranks or a GPU.
+
+    python -m launch.demo.run
+
+shards -> two random models -> pretrain both -> gate -> align, distill, sft -> the controls
+-> evaluation on held-out handwriting -> probes -> report. A finished step is not done again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from genrecal_ds.errors import UserError
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
+FOLDER = Path("runs/demo")  # the recipes name it too
+RANKS = 2
+
+# name: (split, samples, seed, kinds); the student's share is a small part of the teacher's data
+SHARDS: dict[str, tuple[str, int, int, str | None]] = {
+    "sight": ("train", 6000, 1, "digit"),
+    "train": ("train", 16000, 2, None),
+    "share": ("train", 3000, 3, None),
+    "validation": ("validation", 400, 4, None),
+    "heldout": ("heldout", 600, 5, None),
+}
+MIN_LEAD = 0.15  # of the teacher over the baseline, on validation
+# name in the report -> the model's folder in the run
+STUDENTS = {
+    "baseline": "baseline/learn/student",
+    "sft_only": "sft_only/second/student",
+    "sft_weighted": "sft_weighted/second/student",
+    "stage1": "genrecal/align/student",
+    "stage2": "genrecal/distill/student",
+    "stage3": "genrecal/sft/student",
+}
+TEACHER = "teacher/learn/student"
+
+
+@dataclass
+class Demo:
+    """The demo's steps, each skipped when its result is there."""
+
+    folder: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._seconds_file = self.folder / "seconds.json"
+        if self._seconds_file.is_file():
+            self.seconds = json.loads(self._seconds_file.read_text())
+
+    def step(self, name: str, result: Path, run: Callable[[], Any]) -> None:
+        """Run once; its seconds are kept for later reports."""
+        if result.exists():
+            print(f"== {name}: done before ({self.seconds.get(name, 0):.0f} s)", flush=True)
+            return
+        print(f"== {name}", flush=True)
+        start = time.time()
+        run()
+        self.seconds[name] = round(time.time() - start, 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._seconds_file.write_text(json.dumps(self.seconds, indent=2) + "\n")
+        print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
+
+    def build_shards(self) -> None:
+        for name, (split, samples, seed, kinds) in SHARDS.items():
+            command = [
+                "-m", "data_tools.build", "digits", "--format", "digits", "--split", split,
+                "--num-samples", str(samples), "--seed", str(seed),
+                "--out", str(self.folder / "data" / name),
+            ]  # fmt: skip
+            self._python(command + (["--kinds", kinds] if kinds else []))
+
+    def build_pair(self) -> None:
+        """Tokenizers see the texts of the student's share only."""
+        from genrecal_ds.data.index import ShardIndex
+        from genrecal_ds.data.reader import ShardReader
+        from launch.demo.pair import build_pair
+
+        reader = ShardReader(ShardIndex.load(self.folder / "data" / "share"))
+        texts = [
+            part["text"]
+            for i in range(len(reader))
+            for message in reader.read(i).messages
+            for part in message["content"]
+            if part["type"] == "text"
+        ]
+        build_pair(texts, self.folder / "models")
+
+    def train(self, recipe: str) -> None:
+        """One launch; the recipe's stages run in order."""
+        command = [
+            str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(_num_ranks()),
+            "launch/train.py", str(RECIPES / f"{recipe}.yaml"),
+        ]  # fmt: skip
+        _check(command)
+
+    def evaluate(self, name: str, model: str, shards: str) -> dict[str, Any]:
+        """Scores by kind of a model's folder, from its result file when that exists."""
+        out = self.folder / "scores" / f"{name}.{shards}.json"
+
+        def run() -> None:
+            model_folder, data = self.folder / model, self.folder / "data" / shards
+            self._python(
+                ["-m", "genrecal_ds.evaluate", str(model_folder), str(data), "--out", str(out)]
+            )
+
+        self.step(f"evaluate {name} on {shards}", out, run)
+        return json.loads(out.read_text())["scores"]
+
+    def probe(self) -> None:
+        """The probes of both stages that have a Recalibrator."""
+        self._python([
+            "-m", "genrecal_ds.analysis.probes", str(self.folder / TEACHER),
+            str(self.folder / "genrecal/align"), str(self.folder / "genrecal/distill"),
+            str(self.folder / "data/heldout"),
+            "--out", str(self.folder / "probes.json"),
+        ])  # fmt: skip
+
+    def _python(self, arguments: list[str]) -> None:
+        _check([sys.executable, *arguments])
+
+
+def require_lead(teacher: dict[str, Any], baseline: dict[str, Any]) -> None:
+    """Raises UserError unless there is something to distil: a clear lead, disjoint intervals."""
+    ours, theirs = teacher["overall"], baseline["overall"]
+    if ours["score"] - theirs["score"] < MIN_LEAD or ours["low"] <= theirs["high"]:
+        raise UserError(
+            f"the teacher ({ours['score']:.3f} [{ours['low']:.3f}, {ours['high']:.3f}]) does not "
+            f"lead the baseline ({theirs['score']:.3f} [{theirs['low']:.3f}, "
+            f"{theirs['high']:.3f}]) by {MIN_LEAD:.2f} with disjoint intervals: nothing to distil"
+        )
+
+
+def run(folder: Path) -> None:
+    demo = Demo(folder)
+    demo.step("shards", folder / "data/heldout/manifest.json", demo.build_shards)
+    demo.step("models", folder / "models/student_init/config.json", demo.build_pair)
+    for recipe, last in (("teacher", "learn"), ("baseline", "learn")):
+        done = folder / recipe / last / "DONE"
+        demo.step(f"train {recipe}", done, lambda recipe=recipe: demo.train(recipe))
+    require_lead(
+        demo.evaluate("teacher", TEACHER, "validation"),
+        demo.evaluate("baseline", STUDENTS["baseline"], "validation"),
+    )
+    for recipe, last in (("genrecal", "sft"), ("sft_only", "second"), ("sft_weighted", "second")):
+        done = folder / recipe / last / "DONE"
+        demo.step(f"train {recipe}", done, lambda recipe=recipe: demo.train(recipe))
+    teacher = demo.evaluate("teacher", TEACHER, "heldout")
+    students = {name: demo.evaluate(name, model, "heldout") for name, model in STUDENTS.items()}
+    demo.step("probes", folder / "probes.json", demo.probe)
+
+    from genrecal_ds.analysis.report import print_table, write_report
+
+    report = write_report(folder, teacher, students, demo.seconds)
+    print_table(report)
+    print(f"\n{folder / 'report.html'}  {folder / 'report.json'}")
+
+
+def _num_ranks() -> int:
+    import torch
+
+    return min(RANKS, torch.cuda.device_count()) if torch.cuda.is_available() else RANKS
+
+
+def _check(command: list[str]) -> None:
+    """Run a command of ours; its own error was printed, so ours is one line."""
+    paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",  # two ranks on two cores: more threads only wait for each other
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if subprocess.run(command, env=environment).returncode != 0:
+        raise UserError(f"{' '.join(command[:4])} ... failed; its message is above")
+
+
+def main() -> int:
+    try:
+        run(FOLDER)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
