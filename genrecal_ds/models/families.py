@@ -61,6 +61,5 @@ _IDEFICS = Family(
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
     "internvl": _LLAVA,
-    "smolvlm": _IDEFICS,
     "idefics3": _IDEFICS,
 }

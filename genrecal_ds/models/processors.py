@@ -8,7 +8,6 @@ torchvision resize to different pixels, and a run must not depend on which one i
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoTokenizer, ProcessorMixin
@@ -24,10 +23,6 @@ _CLASSES = {
     "internvl": (
         "internvl.processing_internvl", "InternVLProcessor",
         "got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil",
-    ),
-    "smolvlm": (
-        "smolvlm.processing_smolvlm", "SmolVLMProcessor",
-        "smolvlm.image_processing_pil_smolvlm", "SmolVLMImageProcessorPil",
     ),
     "idefics3": (
         "idefics3.processing_idefics3", "Idefics3Processor",
@@ -60,8 +55,6 @@ def build_processor(
 
     WithoutVideo.__name__ = processor_name  # the name that save_pretrained writes
     image_processor = _find(image_module, image_name)(**image_settings)
-    if model_type == "smolvlm":  # reads two numbers of the missing part in its constructor
-        WithoutVideo.video_processor = SimpleNamespace(num_frames=1, fps=1)  # type: ignore[attr-defined]
     return WithoutVideo(image_processor=image_processor, tokenizer=tokenizer, **settings)
 
 

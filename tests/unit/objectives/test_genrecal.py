@@ -1,0 +1,188 @@
+"""The objective on one process: the boundary row, the switches of the terms, the report."""
+
+import pytest
+import torch
+
+from genrecal_ds.config import LossConfig
+from genrecal_ds.data.batch import collate
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.loader import PairEncoders
+from genrecal_ds.data.pair import EncodedChat, Pair
+from genrecal_ds.data.reader import ShardReader
+from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.head import load_final_norm, load_frozen_head
+from genrecal_ds.models.loading import load_full
+from genrecal_ds.models.recalibrator import Recalibrator
+from genrecal_ds.models.vlm import VLM, TeacherBody
+from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.genrecal import GenRecal
+from genrecal_ds.objectives.supervised import Supervised
+
+pytestmark = pytest.mark.unit
+
+
+def load(folder):
+    vlm = VLM.from_config(folder, torch.float32)
+    load_full(vlm.model, folder)
+    return vlm
+
+
+class Setting:
+    """The tiny pair, one batch of eight samples, and the teacher's rows for it."""
+
+    def __init__(self, pair, shards):
+        self.teacher_folder = pair / "teacher_init"
+        self.student_folder = pair / "student_init"
+        self.teacher = TeacherBody(load(self.teacher_folder))
+        self.head = load_frozen_head(self.teacher_folder, torch.float32, torch.device("cpu"))
+        self.encoders = PairEncoders(
+            ChatEncoder(self.student_folder, 200), ChatEncoder(self.teacher_folder, 200)
+        )
+        reader = ShardReader(ShardIndex.load(shards / "train"))
+        samples = [reader.read(i) for i in range(8)]
+        self.pairs = [self.encoders.encode(s.messages, s.images) for s in samples]
+
+    def batch(self, pairs=None, with_regular=False):
+        placeholder = self.encoders.placeholder()
+        rules = self.encoders.vision_rules
+        return collate(self.pairs if pairs is None else pairs, placeholder, rules, with_regular)
+
+    def objective(self, losses=None, trains_student=True):
+        torch.manual_seed(0)
+        student = load(self.student_folder)
+        student.train_only(("layers", "norm") if trains_student else ())
+        recalibrator = Recalibrator(
+            student.text_config, self.teacher.teacher.text_config.hidden_size
+        )
+        recalibrator.initialize(0.1, load_final_norm(self.teacher_folder))
+        return GenRecal(student, recalibrator, self.head, losses or LossConfig(), trains_student)
+
+    @torch.no_grad()
+    def rows(self, batch):
+        return TeacherRows(*self.teacher(
+            batch.teacher.inputs, batch.teacher.rows_A, batch.teacher.targets_N
+        ))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setting(pair, shards):
+    return Setting(pair, shards)
+
+
+def run(setting, objective, batch, probe=False):
+    loss, report = objective(batch, setting.rows(batch), Totals(1.0, 1.0), probe)
+    return loss, report
+
+
+def first_token_only(chat):
+    """The same chat with the first answer cut to one token and nothing behind it."""
+    start, _ = chat.answers[0]
+    return EncodedChat(
+        chat.input_ids_T[: start + 1], ((start, start + 1),),
+        {k: v[: start + 1] for k, v in chat.per_token.items()}, chat.vision,
+    )  # fmt: skip
+
+
+def test_one_token_answers_teach_the_student(setting):
+    """With a slice that forgets the last question row nothing would reach the student here."""
+    pairs = [Pair(first_token_only(p.teacher), first_token_only(p.student)) for p in setting.pairs]
+    objective = setting.objective(LossConfig(student_ce=0.0))
+    loss, _ = run(setting, objective, setting.batch(pairs))
+    loss.backward()
+    gradients = [p.grad.norm() for p in objective.student.parameters() if p.requires_grad]
+    assert sum(float(g) > 0 for g in gradients) > len(gradients) // 2
+
+
+def test_zeroed_question_states_change_boundary_rows(setting):
+    objective, batch = setting.objective(), setting.batch()
+    with torch.no_grad():
+        _, true = run(setting, objective, batch)
+        objective.student.body = lambda *inputs: torch.zeros(
+            *batch.student.inputs.input_ids.shape, objective.student.text_config.hidden_size
+        )
+        _, zeroed = run(setting, objective, batch)
+    true, zeroed = true.reduce(), zeroed.reduce()
+    assert abs(true["ar_boundary"] - zeroed["ar_boundary"]) > 1e-3
+    assert abs(true["kl_boundary"] - zeroed["kl_boundary"]) > 1e-3
+
+
+def test_report_splits_rows_and_their_weighted_mean_is_the_whole(setting):
+    batch = setting.batch()
+    _, report = run(setting, setting.objective(), batch)
+    values = report.reduce()
+    boundary = int(batch.teacher.boundary_N.sum())
+    for name in ("ar", "kl"):
+        whole = (
+            boundary * values[f"{name}_boundary"]
+            + (batch.num_teacher_rows - boundary) * values[f"{name}_other"]
+        ) / batch.num_teacher_rows
+        assert values[name] == pytest.approx(whole, rel=1e-5)
+    assert values.keys() >= {"student_ce_boundary", "student_ce_other", "agree"}
+
+
+@pytest.mark.parametrize(
+    "losses, terms",
+    [
+        (LossConfig(), ("ar", "kl", "regular_ar", "regular_kl")),
+        (LossConfig(ar=0), ("kl", "regular_ar", "regular_kl")),
+        (LossConfig(kl=0), ("ar", "regular_ar", "regular_kl")),
+        (LossConfig(regularizer="none"), ("ar", "kl")),
+        (LossConfig(regularizer="ce"), ("ar", "kl", "regular_ar")),
+        (LossConfig(regularizer="kl"), ("ar", "kl", "regular_kl")),
+        (LossConfig(regularizer="mse"), ("ar", "kl", "regular_mse")),
+    ],
+)
+def test_each_term_of_align_has_its_switch(setting, losses, terms):
+    """The loss is exactly the sum of the terms that are on, over the rows."""
+    with_regular = losses.regularizer != "none"
+    batch = setting.batch(with_regular=with_regular)
+    objective = setting.objective(losses, trains_student=False)
+    loss, report = run(setting, objective, batch)
+    values = report.reduce()
+    expected = sum(values[term] for term in terms) * batch.num_teacher_rows
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    if not with_regular:
+        assert not any(name.startswith("regular") for name in values)
+    loss.backward()
+    assert all(p.grad is None for p in objective.student.parameters())
+    assert all(p.grad is not None for p in objective.recalibrator.parameters())
+
+
+def test_probe_reports_norms_and_leaves_no_gradient(setting):
+    objective, batch = setting.objective(), setting.batch()
+    loss, report = run(setting, objective, batch, probe=True)
+    assert all(p.grad is None for p in objective.parameters())
+    norms = {name: float(square) ** 0.5 for name, square in report.norms.items()}
+    assert norms.keys() == {
+        "gradient/ar_boundary", "gradient/ar_other", "gradient/kl_boundary",
+        "gradient/kl_other", "gradient/student_ce",
+    }  # fmt: skip
+    # All terms together, by one backward to the same hidden states.
+    caught = {}
+    body = objective.student.body
+
+    def keep(*inputs):
+        hidden = body(*inputs)
+        hidden.register_hook(lambda gradient: caught.update(norm=gradient.norm().item()))
+        return hidden
+
+    objective.student.body = keep
+    run(setting, objective, batch)[0].backward()
+    parts = sum(norms.values())
+    assert max(norms.values()) * 0.2 < caught["norm"] <= parts * (1 + 1e-5)
+
+
+def test_first_token_weight_counts_boundary_rows_more(setting):
+    batch = setting.batch()
+    student = load(setting.student_folder)
+    plain, report = Supervised(student, LossConfig())(batch, None, Totals(1, 1))
+    weighted, _ = Supervised(student, LossConfig(first_token_ce=1.5))(batch, None, Totals(1, 1))
+    extra, count = report.means["student_ce_boundary"]
+    assert count == batch.student.boundary_M.sum()
+    assert weighted.item() == pytest.approx(plain.item() + 1.5 * float(extra), rel=1e-5)
+
+
+def test_the_head_is_in_no_state_dict(setting):
+    objective = setting.objective()
+    assert not any("teacher" in name for name in objective.state_dict())
+    assert not any("teacher" in name for name, _ in objective.named_parameters())
