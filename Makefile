@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench lint format clean distclean
+.PHONY: help setup demo test test-gpu lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -26,9 +26,6 @@ test: setup ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow one
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
 	$(CHOSEN_PYTHON) -m pytest -m gpu
-
-bench: ## time the ops on a GPU, on PYTHON as it is (default python3); no set-up
-	$(CHOSEN_PYTHON) -m benchmarks.run
 
 lint: setup ## ruff check, ruff format --check, mypy
 	.venv/bin/ruff check .

@@ -55,7 +55,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "eval": EVALUATION,
-        "peers": ["liger-kernel"],  # compared with in benchmarks/, never imported by the library
+        "peers": ["liger-kernel"],
         "cloud": ["fsspec", "s3fs"],  # to fetch shards and models into local folders before a run
         "demo": DEMO,
         "dev": DEVELOPMENT,

@@ -26,7 +26,7 @@ ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 KINDS = ("digit", "place", "largest", "read", "row_sum", "column_sum", "box")
 DEFAULT_KINDS = KINDS[1:-1]
 TEXT_SHARE, TWO_TURN_SHARE = 0.03, 0.15
-_SPLITS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "heldout": (0.8, 1.0)}
+_SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "heldout": (0.85, 1.0)}
 
 
 def samples(

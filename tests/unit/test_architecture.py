@@ -109,7 +109,6 @@ def test_webdataset_is_imported_by_data_and_data_tools_only():
         ("genrecal_ds/objectives", "genrecal_ds.training"),
         ("genrecal_ds/evaluate", "genrecal_ds.training"),
         ("genrecal_ds/analysis", "genrecal_ds.training"),
-        ("genrecal_ds/export.py", "genrecal_ds.training"),
         ("genrecal_ds/training/trainer.py", "genrecal_ds.models"),
         ("genrecal_ds/training/trainer.py", "transformers"),
         ("genrecal_ds/training/trainer.py", "deepspeed"),
@@ -120,6 +119,15 @@ def test_webdataset_is_imported_by_data_and_data_tools_only():
 )
 def test_room_does_not_import(room: str, forbidden: str):
     assert importers(sources(room), forbidden) == set()
+
+
+def test_export_knows_checkpoints_only_and_not_at_import_time():
+    """DeepSpeed wrote the shards, so only training/checkpoint.py can read them."""
+    export = ROOT / "genrecal_ds/export.py"
+    training = {name for name in imported(export) if is_in(name, "genrecal_ds.training")}
+    assert all(is_in(name, "genrecal_ds.training.checkpoint") for name in training)
+    eager = imported(export, at_import_time=True)
+    assert not any(is_in(name, "genrecal_ds.training") for name in eager)
 
 
 def test_ops_import_torch_only():
