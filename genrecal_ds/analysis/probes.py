@@ -184,6 +184,29 @@ def probe(teacher: Path, stage: Path, shards: Path, num_samples: int = 128) -> d
     }
 
 
+def facts(values: dict[str, Any]) -> dict[str, bool]:
+    """What must be true of any sound run, whatever its scores: {statement: whether it holds}.
+
+    A row shift by one, a leak between conversations or a missing regulariser breaks these first.
+    """
+    true, shuffled, zeroed = (values["q_s"][state] for state in ("true", "shuffled", "zeroed"))
+    norms, cosine = values["gradient_norm"], values["cosine"]
+    return {
+        "boundary KL with shuffled question states is over 5 times the true": (
+            shuffled["kl_boundary"] > 5 * true["kl_boundary"]
+        ),
+        "other rows do not notice zeroed question states": (
+            abs(zeroed["ar_other"] - true["ar_other"]) < 0.05
+        ),
+        "other rows send the student under an eighth of the boundary rows' gradient": (
+            norms["mixed_other"] < norms["mixed_boundary"] / 8
+        ),
+        "a boundary row is nearer to its own regular row than to others, by .3 in cosine": (
+            cosine["diagonal"] > cosine["off_diagonal"] + 0.3
+        ),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.analysis.probes", description=__doc__,

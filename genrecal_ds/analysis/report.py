@@ -88,7 +88,9 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
         table.add_column(column, no_wrap=True)
     for name, scores in _models(report):
         table.add_row(name, _cell(scores["overall"], True), *(_cell(scores[k]) for k in kinds))
-    (console or Console()).print(table)
+    # A log file has no width of its own, and a narrow one would cut the numbers off.
+    console = console or Console()
+    console.print(table) if console.width >= 110 else Console(width=110).print(table)
 
 
 def markdown_table(report: dict[str, Any]) -> str:

@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
 
 from genrecal_ds.data.batch import pad_tiles
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.models.chat import ChatEncoder
+
+disable_progress_bar()  # of loading weights: ours is the one that shows progress
 
 
 @dataclass

@@ -138,6 +138,17 @@ def require_lead(teacher: dict[str, Any], baseline: dict[str, Any]) -> None:
         )
 
 
+def require_facts(probes: dict[str, Any]) -> None:
+    """Raises UserError when a probe says that the method does not do what it is for."""
+    from genrecal_ds.analysis.probes import facts
+
+    for stage, values in probes.items():
+        for fact, holds in facts(values).items():
+            print(f"{'holds' if holds else 'FAILS'}  after {stage}: {fact}")
+            if not holds:
+                raise UserError(f"after {stage} it does not hold that {fact}; see probes.json")
+
+
 def run(folder: Path) -> None:
     demo = Demo(folder)
     demo.step("shards", folder / "data/heldout/manifest.json", demo.build_shards)
@@ -155,6 +166,7 @@ def run(folder: Path) -> None:
     teacher = demo.evaluate("teacher", TEACHER, "heldout")
     students = {name: demo.evaluate(name, model, "heldout") for name, model in STUDENTS.items()}
     demo.step("probes", folder / "probes.json", demo.probe)
+    require_facts(json.loads((folder / "probes.json").read_text()))
 
     from genrecal_ds.analysis.report import print_table, write_report
 
@@ -163,10 +175,16 @@ def run(folder: Path) -> None:
     print(f"\n{folder / 'report.html'}  {folder / 'report.json'}")
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _num_ranks() -> int:
     import torch
 
-    return min(RANKS, torch.cuda.device_count()) if torch.cuda.is_available() else RANKS
+    return min(RANKS, torch.cuda.device_count()) if _has_cuda() else RANKS
 
 
 def _check(command: list[str]) -> None:
@@ -178,6 +196,7 @@ def _check(command: list[str]) -> None:
         "OMP_NUM_THREADS": "1",  # two ranks on two cores: more threads only wait for each other
         "PYTHONWARNINGS": "ignore",
         "HF_HUB_OFFLINE": "1",
+        **({} if _has_cuda() else {"DS_ACCELERATOR": "cpu"}),  # else it warns that it guesses
     }
     if subprocess.run(command, env=environment).returncode != 0:
         raise UserError(f"{' '.join(command[:4])} ... failed; its message is above")

@@ -1,6 +1,6 @@
 """On a CUDA machine: the three stages in bf16 with NCCL beside fp32 on the CPU.
 
-    make test-gpu PYTHON=python3
+make test-gpu PYTHON=python3
 """
 
 import json
