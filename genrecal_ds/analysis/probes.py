@@ -30,9 +30,8 @@ from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.head import load_frozen_head
-from genrecal_ds.models.loading import load_full
 from genrecal_ds.models.recalibrator import Recalibrator, load_recalibrator
-from genrecal_ds.models.vlm import VLM, TeacherBody, read_config
+from genrecal_ds.models.vlm import VLM, TeacherBody, load_vlm, read_config
 from genrecal_ds.ops.head_loss import Head, head_loss
 
 NUM_COSINES = 10  # the paper's figure 7 is a 10 x 10 matrix
@@ -76,12 +75,6 @@ class Subject:
     @torch.no_grad()
     def student_hidden(self, batch: PairBatch) -> Tensor:
         return self.student.body(*batch.student.inputs)
-
-
-def load_vlm(folder: Path) -> VLM:
-    vlm = VLM.from_config(folder, torch.float32)
-    load_full(vlm.model, folder)
-    return vlm
 
 
 @torch.no_grad()

@@ -8,14 +8,18 @@ Beside result.json goes result.predictions.jsonl, one line per sample.
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genrecal_ds.errors import UserError
 from genrecal_ds.evaluate.metrics import is_correct, scores_by_kind
+
+if TYPE_CHECKING:
+    from genrecal_ds.data.reader import Sample
 
 
 def evaluate(
@@ -34,7 +38,9 @@ def evaluate(
         raise UserError(f"{model}: no config.json; name an exported Hugging Face folder")
     start = time.time()
     reader = ShardReader(ShardIndex.load(shards))
-    samples = [reader.read(i) for i in range(min(limit or len(reader), len(reader)))]
+    samples = [reader.read(i) for i in range(len(reader))[:limit]]
+    for sample in samples:
+        _require_answers(sample)  # before minutes of generation, not after
     generator = Generator(model, max_new_tokens)
     predictions: list[str] = []
     num_batches = -(-len(samples) // batch_size)
@@ -47,24 +53,45 @@ def evaluate(
         "model": str(model),
         "model_sha256": weights_hash(model),
         "data": reader.index.fingerprint,
-        "decoding": {"greedy": True, "max_new_tokens": max_new_tokens, "batch_size": batch_size},
-        "metric": "last word, normalised, exact; boxes IoU >= 0.5; Wilson 95 % interval",
+        "decoding": {
+            "greedy": True, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+            "generation_config": generator.model.generation_config.to_diff_dict(),
+        },
+        "prompt": {
+            "turns": "all but the last assistant turn",
+            "chat_template_sha256": hashlib.sha256(generator.encoder.template.encode()).hexdigest(),
+        },
+        "metric": "last words, normalised, exact; boxes IoU >= 0.5; Wilson 95 % interval",
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "device": str(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
         "seconds": round(time.time() - start, 1),
-    }
+    }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".predictions.jsonl").open("w") as file:
         for sample, prediction, correct in zip(samples, predictions, outcomes, strict=True):
             record = {
                 "key": sample.key, "kind": sample.kind, "answers": sample.answers,
-                "question": sample.messages[-2]["content"][-1]["text"],
-                "gold": sample.messages[-1]["content"][0]["text"],
+                "question": _text(sample.messages[-2]), "gold": _text(sample.messages[-1]),
                 "prediction": prediction, "correct": correct,
             }  # fmt: skip
             file.write(json.dumps(record) + "\n")
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    # Complete or absent: a runner that finds it takes the model for evaluated.
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(temporary, out)
     return result
+
+
+def _require_answers(sample: "Sample") -> None:
+    """A sample without answers would count as wrong, and a score of 0 would be believed."""
+    if not sample.answers:
+        raise UserError(f"sample {sample.key}: no answers to score against; build shards with them")
+    is_correct(sample.kind, "", sample.answers)
+
+
+def _text(message: dict[str, Any]) -> str:
+    """The text parts of a message; a picture may come before, between or after them."""
+    return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def weights_hash(folder: Path) -> str:
@@ -87,6 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     arguments = parser.parse_args(argv)
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     try:
         result = evaluate(
             arguments.model, arguments.shards, arguments.out, limit=arguments.limit,

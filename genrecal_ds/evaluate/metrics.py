@@ -2,31 +2,49 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 
+from genrecal_ds.errors import UserError
+
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# A word of any script, with its decimals or apostrophes; a minus only where a number begins.
+_WORD = re.compile(r"(?:(?<!\w)-(?=\d))?[^\W_]+(?:\.\d+|'[^\W_]+)*")
 
 
 def normalize(text: str) -> list[str]:
-    """Lower-case words without punctuation."""
-    return re.findall(r"[a-z0-9]+(?:\.\d+)?", text.lower())
+    """Lower-case words of any script without punctuation; 1,234 is one number, -3 is not 3."""
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    return _WORD.findall(_THOUSANDS.sub("", text))
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the last word of the prediction is an accepted answer.
+    """Whether the prediction ends with an accepted answer, word by word.
 
-    An answer may be reasoned ("3 plus 8 is 11"): its last word is the answer given.
+    A prediction may be reasoned ("3 plus 8 is 11"): what it ends with is the answer given.
+    All words of an accepted answer count: "bottom left" is not "top left".
     """
     words = normalize(prediction)
-    return bool(words) and any(words[-1:] == normalize(answer)[-1:] for answer in answers)
+    accepted = [normalize(answer) for answer in answers]
+    return any(answer and words[-len(answer) :] == answer for answer in accepted)
 
 
 def box_iou(prediction: str, answers: Sequence[str]) -> float:
-    """Best intersection over union of the first four numbers (x0 y0 x1 y1); 0 without four."""
-    numbers = [float(number) for number in _NUMBER.findall(prediction)[:4]]
-    if len(numbers) < 4:
-        return 0.0
-    return max(_iou(numbers, [float(n) for n in _NUMBER.findall(a)[:4]]) for a in answers)
+    """Best intersection over union of the first four numbers (x0 y0 x1 y1); 0 without four.
+
+    Raises UserError when an accepted answer is no box.
+    """
+    boxes = [_box(answer) for answer in answers]
+    for answer, box in zip(answers, boxes, strict=True):
+        if len(box) < 4:
+            raise UserError(f"box answer {answer!r}: write four numbers, x0 y0 x1 y1")
+    numbers = _box(prediction)
+    return max((_iou(numbers, box) for box in boxes), default=0.0) if len(numbers) == 4 else 0.0
+
+
+def _box(text: str) -> list[float]:
+    return [float(number) for number in _NUMBER.findall(text)[:4]]
 
 
 def _iou(first: list[float], second: list[float]) -> float:

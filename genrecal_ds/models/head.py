@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.models.loading import Checkpoint
-from genrecal_ds.models.vlm import read_config
 from genrecal_ds.ops.head_loss import Head
 
 
@@ -23,12 +22,9 @@ def load_frozen_head(folder: str | Path, dtype: torch.dtype, device: torch.devic
     if name is None:
         raise ValueError(f"{folder}: neither lm_head.weight nor embed_tokens.weight in its files")
     bias = name.removesuffix("weight") + "bias"
-    text_config = read_config(folder).get_text_config()
     return Head(
         checkpoint.tensor(name).to(device, dtype),
         checkpoint.tensor(bias).to(device, dtype) if bias in checkpoint.names else None,
-        scale=1.0 / getattr(text_config, "logits_scaling", 1.0),
-        softcap=getattr(text_config, "final_logit_softcapping", None),
     )
 
 

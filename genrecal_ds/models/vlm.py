@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from genrecal_ds.data.batch import SideBatch
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.families import FAMILIES
+from genrecal_ds.models.loading import load_full
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 
 COMPONENTS = ("vision", "projector", "embeddings", "layers", "norm", "head")
@@ -118,7 +119,18 @@ def read_config(folder: str | Path):
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{folder}: model_type {config.model_type} has no adapter; known: {known}")
+    text = config.get_text_config()
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(text, key, None) not in (None, 1.0):
+            raise UserError(f"{folder}: {key} changes the logits after the head; no adapter yet")
     return config
+
+
+def load_vlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> VLM:
+    """A whole VLM on this process; the trainer loads sharded instead (training/build.py)."""
+    vlm = VLM.from_config(folder, dtype)
+    load_full(vlm.model, folder)
+    return vlm
 
 
 class TeacherBody(nn.Module):

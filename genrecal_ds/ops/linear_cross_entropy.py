@@ -9,8 +9,9 @@ a graph is gathered, and its gradient reduced, once per use; chunking inside kee
 import torch
 from torch import Tensor
 
+from genrecal_ds.ops import IGNORE
+
 CHUNK_BYTES = 1 << 28
-IGNORE = -100
 
 
 def linear_cross_entropy(

@@ -117,19 +117,19 @@ def build_stage(
 
 def load_student(folder: Path, recipe: Recipe) -> VLM:
     """The whole student, sharded."""
-    return load_vlm(folder, recipe.deepspeed.student, recipe.precision)
+    return load_vlm_sharded(folder, recipe.deepspeed.student, recipe.precision)
 
 
 def load_teacher(recipe: Recipe) -> TeacherEngine:
     """The teacher's body, sharded, frozen, in an engine of its own."""
     assert recipe.teacher is not None
-    vlm = load_vlm(recipe.teacher.path, recipe.deepspeed.teacher, recipe.precision)
+    vlm = load_vlm_sharded(recipe.teacher.path, recipe.deepspeed.teacher, recipe.precision)
     return TeacherEngine(
         TeacherBody(vlm), load_ds_config(recipe.deepspeed.teacher), recipe.precision
     )
 
 
-def load_vlm(folder: str | Path, ds_name: str, precision: str) -> VLM:
+def load_vlm_sharded(folder: str | Path, ds_name: str, precision: str) -> VLM:
     """A whole VLM from its folder; each rank holds, and reads, only its own share."""
     vlm = build_sharded(
         lambda: VLM.from_config(folder, DTYPES[precision]), load_ds_config(ds_name), precision

@@ -34,7 +34,7 @@ DsConfig = dict[str, Any]
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def start(num_threads: int | None = None) -> None:
+def start() -> None:
     """Join the process group: nccl on CUDA, gloo on the CPU. A single process needs no launcher."""
     for key, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 29500)):
         os.environ.setdefault(key, str(value))
@@ -46,8 +46,6 @@ def start(num_threads: int | None = None) -> None:
     if not torch_dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
-    if num_threads:
-        torch.set_num_threads(num_threads)
 
 
 def stop() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from genrecal_ds import dist
 from genrecal_ds.models.loading import Checkpoint
 from genrecal_ds.training import engine
-from genrecal_ds.training.build import DTYPES, load_vlm
+from genrecal_ds.training.build import DTYPES, load_vlm_sharded
 
 
 def check(folder: str, precision: str) -> None:
@@ -25,7 +25,7 @@ def check(folder: str, precision: str) -> None:
         return original(self, name, start, stop)
 
     Checkpoint.flat_range = counting
-    vlm = load_vlm(folder, "student_zero3", precision)
+    vlm = load_vlm_sharded(folder, "student_zero3", precision)
     Checkpoint.flat_range = original
 
     expected = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[precision])

@@ -1,5 +1,6 @@
 """Scores with golden cases, and batched generation against one prompt at a time."""
 
+import dataclasses
 import json
 
 import pytest
@@ -26,6 +27,20 @@ pytestmark = pytest.mark.unit
         ("17", ["7"], False),
         ("", ["7"], False),
         ("3.5", ["3.5"], True),
+        ("bottom left", ["top left"], False),
+        ("it is at the top left", ["top left"], True),
+        ("left", ["top left"], False),
+        ("-3", ["3"], False),
+        ("8 minus 11 is -3.", ["-3"], True),
+        ("3-4", ["4"], True),  # a range or a score, not minus four
+        ("1,234", ["234"], False),
+        ("1,234", ["1234"], True),
+        ("it can't", ["don't"], False),
+        ("it don\u2019t", ["don't"], True),
+        ("caf\u00e9", ["cafe"], False),
+        ("\u5317\u4eac", ["\u5317\u4eac"], True),
+        ("\u5317\u4eac", ["\u4e0a\u6d77"], False),
+        ("7", ["."], False),
     ],
 )
 def test_exact_match_of_the_last_word(prediction, answers, correct):
@@ -40,6 +55,12 @@ def test_boxes_by_intersection_over_union():
     assert box_iou("5 5 5 5", ["5 5 5 5"]) == 0.0  # no area, no division by zero
     assert is_correct("box", "0 0 10 10", ["0 0 10 20"])
     assert not is_correct("box", "0 0 10 9", ["0 0 10 20"])
+
+
+@pytest.mark.parametrize("answers", [["1 2"], ["0 0 9 9", "none"]])
+def test_a_gold_box_that_is_none_is_refused(answers):
+    with pytest.raises(UserError, match="four numbers"):
+        box_iou("0 0 10 10", answers)
 
 
 def test_wilson_interval_equals_published_values():
@@ -80,6 +101,20 @@ def test_command_writes_scores_and_predictions(pair, shards, tmp_path, capsys):
     assert len(lines) == 5 and {"question", "gold", "prediction"} <= json.loads(lines[0]).keys()
     assert main(["nowhere", *arguments[1:]]) == 2
     assert "no config.json" in capsys.readouterr().err
+    assert result["prompt"]["chat_template_sha256"] and not list(tmp_path.glob("*.tmp"))
+    with pytest.raises(SystemExit):
+        main([*arguments, "--limit", "0"])
+    assert "--limit 0" in capsys.readouterr().err
+
+
+def test_samples_without_answers_are_refused_before_generation(
+    pair, shards, tmp_path, capsys, monkeypatch
+):
+    read = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", lambda *a: dataclasses.replace(read(*a), answers=[]))
+    arguments = [str(pair / "student_init"), str(shards / "validation")]
+    assert main([*arguments, "--out", str(tmp_path / "result.json")]) == 2
+    assert "no answers" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_export_refuses_what_is_no_result(tmp_path):

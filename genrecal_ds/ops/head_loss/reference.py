@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genrecal_ds.ops import IGNORE
+
 CHUNK_BYTES = 1 << 28  # of fp32 logits held at once: (K + 1) * rows * V * 4
-IGNORE = -100
 
 
 class Head(NamedTuple):

@@ -1,5 +1,7 @@
 """The objective on one process: the boundary row, the switches of the terms, the report."""
 
+import re
+
 import pytest
 import torch
 
@@ -11,20 +13,14 @@ from genrecal_ds.data.pair import EncodedChat, Pair
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.head import load_final_norm, load_frozen_head
-from genrecal_ds.models.loading import load_full
 from genrecal_ds.models.recalibrator import Recalibrator
-from genrecal_ds.models.vlm import VLM, TeacherBody
+from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.supervised import Supervised
+from tests.fixtures import ROOT
 
 pytestmark = pytest.mark.unit
-
-
-def load(folder):
-    vlm = VLM.from_config(folder, torch.float32)
-    load_full(vlm.model, folder)
-    return vlm
 
 
 class Setting:
@@ -33,7 +29,7 @@ class Setting:
     def __init__(self, pair, shards):
         self.teacher_folder = pair / "teacher_init"
         self.student_folder = pair / "student_init"
-        self.teacher = TeacherBody(load(self.teacher_folder))
+        self.teacher = TeacherBody(load_vlm(self.teacher_folder))
         self.head = load_frozen_head(self.teacher_folder, torch.float32, torch.device("cpu"))
         self.encoders = PairEncoders(
             ChatEncoder(self.student_folder, 200), ChatEncoder(self.teacher_folder, 200)
@@ -49,7 +45,7 @@ class Setting:
 
     def objective(self, losses=None, trains_student=True):
         torch.manual_seed(0)
-        student = load(self.student_folder)
+        student = load_vlm(self.student_folder)
         student.train_only(("layers", "norm") if trains_student else ())
         recalibrator = Recalibrator(
             student.text_config, self.teacher.teacher.text_config.hidden_size
@@ -174,7 +170,7 @@ def test_probe_reports_norms_and_leaves_no_gradient(setting):
 
 def test_first_token_weight_counts_boundary_rows_more(setting):
     batch = setting.batch()
-    student = load(setting.student_folder)
+    student = load_vlm(setting.student_folder)
     plain, report = Supervised(student, LossConfig())(batch, None, Totals(1, 1))
     weighted, _ = Supervised(student, LossConfig(first_token_ce=1.5))(batch, None, Totals(1, 1))
     extra, count = report.means["student_ce_boundary"]
@@ -186,3 +182,13 @@ def test_the_head_is_in_no_state_dict(setting):
     objective = setting.objective()
     assert not any("teacher" in name for name in objective.state_dict())
     assert not any("teacher" in name for name, _ in objective.named_parameters())
+
+
+def test_readmes_python_example_runs(setting, shards, capsys):
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    folders = '"teacher", "student", "shards/train"'
+    assert folders in example
+    ours = (setting.teacher_folder, setting.student_folder, shards / "train")
+    exec(example.replace(folders, ", ".join(repr(str(folder)) for folder in ours)), {})
+    assert "student_ce_boundary" in capsys.readouterr().out

@@ -1,0 +1,114 @@
+"""Micro-batches: the same for any number of workers and any start; ranks share a step exactly."""
+
+import pytest
+import torch
+
+from data_tools.build import build
+from data_tools.sources import digits
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.loader import PairDataset, PairEncoders, micro_batches
+from genrecal_ds.data.pair import EncodedChat, Unusable
+from genrecal_ds.data.plan import StepPlan
+
+pytestmark = pytest.mark.unit
+
+
+class Letters:
+    """An encoder whose tokens are the characters of question and answer; 0 ends a turn."""
+
+    max_length = 1000
+    vision_rules = {"pixels": "rows"}
+
+    def encode(self, messages, images):
+        ids, answers = [], []
+        for message in messages:
+            text = message["content"][-1]["text"]
+            if "sum of the left" in text:
+                raise Unusable("a left column")
+            start = len(ids)
+            ids += [ord(letter) for letter in text]
+            if message["role"] == "assistant":
+                ids.append(0)
+                answers.append((start, len(ids)))
+        vision = {"pixels": torch.ones(len(images), 1)} if images else {}
+        return EncodedChat(torch.tensor(ids), tuple(answers), {}, vision)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "train"
+    build(digits.samples("train", 43, 0), folder, source="digits", arguments={})
+    return PairDataset(ShardIndex.load(folder), PairEncoders(Letters(), Letters()), True)
+
+
+def steps(dataset, first=0, last=5, rank=0, world_size=1, num_workers=0):
+    plan = StepPlan(dataset.reader.index, seed=1, global_batch=8)
+    return list(
+        micro_batches(
+            dataset,
+            plan,
+            first_step=first,
+            last_step=last,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=2,
+            num_workers=num_workers,
+        )  # fmt: skip
+    )
+
+
+def tokens(step):
+    return [batch.student.inputs.input_ids for batch in step]
+
+
+def test_workers_and_start_do_not_change_a_batch(dataset):
+    alone, workers, late = (
+        steps(dataset), steps(dataset, num_workers=2), steps(dataset, first=3)
+    )  # fmt: skip
+    assert len(alone) == 5 and all(len(step) == 4 for step in alone)
+    for first, second in [*zip(alone, workers, strict=True), *zip(alone[3:], late, strict=True)]:
+        assert all(torch.equal(a, b) for a, b in zip(tokens(first), tokens(second), strict=True))
+
+
+def conversations(batches):
+    """Texts of the real conversations, told apart from placeholders by their labels."""
+    found = []
+    for batch in batches:
+        inputs = batch.student.inputs
+        lengths = inputs.attention_mask.sum(1).tolist()
+        rows = zip(inputs.input_ids.tolist(), lengths, strict=True)
+        found += [tuple(ids[:length]) for ids, length in rows]
+    return found
+
+
+def test_ranks_share_a_step_whatever_the_world_size(dataset):
+    for step, alone in enumerate(steps(dataset)):
+        expected = sorted(conversations(alone))
+        for world_size in (2, 4):
+            ranks = [
+                steps(dataset, step, step + 1, rank, world_size)[0] for rank in range(world_size)
+            ]
+            assert sorted(conversations(b for rank in ranks for b in rank)) == expected
+            assert sum(b.num_samples for rank in ranks for b in rank) == sum(
+                b.num_samples for b in alone
+            )
+
+
+def test_unusable_samples_are_counted_with_their_reason(dataset):
+    batches = [batch for step in steps(dataset, last=20) for batch in step]
+    reasons = [reason for batch in batches for reason in batch.rejects]
+    assert set(reasons) == {"a left column"}
+    assert all(batch.student.inputs.input_ids.shape[0] >= 1 for batch in batches)
+
+
+def test_a_damaged_sample_becomes_a_counted_reject(dataset, tmp_path):
+    build(digits.samples("train", 20, 0), tmp_path / "d", source="digits", arguments={})
+    index = ShardIndex.load(tmp_path / "d")
+    shard = tmp_path / "d" / index.shards[0].name
+    data = bytearray(shard.read_bytes())
+    data[int(index.records[3]["offset"]) + 600] ^= 1
+    shard.write_bytes(bytes(data))
+    damaged = PairDataset(index, PairEncoders(Letters()), False)
+    batch = damaged[(3, 4)]
+    assert len(batch.rejects) == 1 and "crc32" in batch.rejects[0]
+    assert batch.num_samples <= 1
