@@ -49,7 +49,7 @@ class RecalibratorConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the terms; 0 switches a term off and skips its work (the paper's ablations)."""
+    """Weights of the terms; 0 switches a term off (the paper's ablations)."""
 
     ar: float = Field(1.0, ge=0)  # L_ar, cross entropy through the teacher's head
     kl: float = Field(1.0, ge=0)  # L_kl, forward KL through the teacher's head
