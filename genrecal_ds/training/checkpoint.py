@@ -5,7 +5,6 @@ checkpoints/step-00000120/       complete: manifest.json with sha256 of every fi
 checkpoints/latest               the newest complete one, replaced atomically
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genrecal_ds import dist
+from genrecal_ds.data.index import file_sha256
 from genrecal_ds.errors import UserError
 from genrecal_ds.training.engine import StudentEngine
 
@@ -65,6 +65,7 @@ class Checkpoints:
         """
         manifest = verify(path)
         expected = {**facts, "world_size": dist.world_size()}
+        expected.pop("student", None)  # a path, for export; the run's folder may have been moved
         for key, value in expected.items():
             if manifest.get(key) != value:
                 raise UserError(
@@ -91,7 +92,7 @@ def verify(path: Path) -> dict[str, Any]:
     if dist.is_main():
         for name, digest in manifest["files"].items():
             file = path / name
-            if not file.is_file() or _sha256(file) != digest:
+            if not file.is_file() or file_sha256(file) != digest:
                 damaged.append(name)
     count = dist.sum_over_ranks(torch.tensor(len(damaged), device=dist.device()))
     if count:
@@ -111,7 +112,7 @@ def consolidate(path: Path) -> dict[str, Tensor]:
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): _sha256(path) for path in files}
+    hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
     _write_atomically(folder / MANIFEST, json.dumps({**facts, "files": hashes}, indent=2))
 
 
@@ -122,11 +123,6 @@ def _write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rng_state() -> dict[str, Tensor]:
