@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.pair import Encoder, Pair, Unusable, encode_pair
-from genrecal_ds.data.plan import PADDING, StepPlan, deal
+from genrecal_ds.data.plan import PADDING, FirstSamples, StepPlan, deal
 from genrecal_ds.data.reader import BadSample, ShardReader
 
 # A worker that hangs (a dead network mount) must end the run with an error, not freeze it.
@@ -78,7 +78,7 @@ class PairDataset(Dataset):
 
 def micro_batches(
     dataset: PairDataset,
-    plan: StepPlan,
+    plan: StepPlan | FirstSamples,
     *,
     first_step: int,
     last_step: int,
@@ -124,7 +124,13 @@ class _StepSlots:
 
 
 def _rank_slots(
-    plan: StepPlan, costs: np.ndarray, step: int, *, rank: int, world_size: int, micro_batch: int
+    plan: StepPlan | FirstSamples,
+    costs: np.ndarray,
+    step: int,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
 ) -> list[tuple[int, ...]]:
     """Neighbouring deals cost alike: they go to different ranks of the same micro-step."""
     slots = plan.slots(step)

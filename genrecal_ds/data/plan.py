@@ -84,6 +84,20 @@ class StepPlan:
         return plan
 
 
+class FirstSamples:
+    """A plan for validation: samples 0..count-1 in order, whatever the batch size."""
+
+    def __init__(self, count: int, global_batch: int) -> None:
+        self.count = count
+        self.global_batch = global_batch
+        self.steps_per_epoch = -(-count // global_batch)
+
+    def slots(self, step: int) -> np.ndarray:
+        """int64 [global_batch]; -1 behind the last sample."""
+        slots = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        return np.where(slots < self.count, slots, PADDING)
+
+
 def deal(
     slots: np.ndarray, costs: np.ndarray, num_micro_batches: int, micro_batch: int
 ) -> np.ndarray:

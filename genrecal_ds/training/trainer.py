@@ -18,7 +18,7 @@ from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
 from genrecal_ds.data.batch import PairBatch, to_device
 from genrecal_ds.data.loader import micro_batches
-from genrecal_ds.data.plan import PLAN_VERSION, StepPlan
+from genrecal_ds.data.plan import PLAN_VERSION, FirstSamples, StepPlan
 from genrecal_ds.errors import UserError
 from genrecal_ds.metrics import JsonlLog, Report
 from genrecal_ds.objectives import TeacherRows, Totals
@@ -121,20 +121,19 @@ class Trainer:
         dataset = self.parts.validation
         if dataset is None:
             return {}
-        global_batch = self.recipe.micro_batch(self.stage) * dist.world_size()
-        plan = StepPlan(dataset.reader.index, 0, global_batch)
-        samples = min(self.recipe.log.validation_samples, len(dataset.reader.index))
-        steps = min(math.ceil(samples / global_batch), plan.steps_per_epoch)
+        unit = self.recipe.micro_batch(self.stage) * dist.world_size()
+        index = dataset.reader.index
+        plan = FirstSamples(min(self.recipe.log.validation_samples, len(index)), unit)
         self.parts.student.train(False)
         report = Report()
-        for micro in self._micro_batches(dataset, plan, 0, steps):
+        for micro in self._micro_batches(dataset, plan, 0, plan.steps_per_epoch):
             for batch in micro:
                 batch = to_device(batch, self.device)
                 _, part = self.parts.student(batch, self._teacher_rows(batch), Totals(1, 1), False)
                 report = report + part
         return {f"validation/{name}": value for name, value in report.reduce().items()}
 
-    def _micro_batches(self, dataset: Any, plan: StepPlan, first: int, last: int):
+    def _micro_batches(self, dataset: Any, plan: StepPlan | FirstSamples, first: int, last: int):
         return micro_batches(
             dataset, plan, first_step=first, last_step=last,
             rank=dist.rank(), world_size=dist.world_size(),

@@ -8,7 +8,7 @@ from data_tools.sources import digits
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders, micro_batches
 from genrecal_ds.data.pair import EncodedChat, Unusable
-from genrecal_ds.data.plan import StepPlan
+from genrecal_ds.data.plan import FirstSamples, StepPlan
 
 pytestmark = pytest.mark.unit
 
@@ -92,6 +92,21 @@ def test_ranks_share_a_step_whatever_the_world_size(dataset):
             assert sum(b.num_samples for rank in ranks for b in rank) == sum(
                 b.num_samples for b in alone
             )
+
+
+def test_validation_reads_the_first_samples_whatever_the_batch(dataset):
+    found = []
+    for global_batch in (2, 8):
+        plan = FirstSamples(13, global_batch)
+        assert plan.steps_per_epoch == -(-13 // global_batch)
+        steps = micro_batches(
+            dataset, plan, first_step=0, last_step=plan.steps_per_epoch, rank=0, world_size=1,
+            micro_batch=2,
+        )  # fmt: skip
+        batches = [batch for step in steps for batch in step]
+        found.append(sum(batch.num_student_rows for batch in batches))
+        assert sum(batch.num_samples + len(batch.rejects) for batch in batches) == 13
+    assert found[0] == found[1] > 0
 
 
 def test_unusable_samples_are_counted_with_their_reason(dataset):
