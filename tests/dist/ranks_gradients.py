@@ -64,8 +64,11 @@ def main(recipe_path: str, stage_name: str, out: str) -> None:
     batch = parts.dataset[tuple(steps_of(parts.dataset.reader.index)[0][0])]
     with torch.no_grad():
         student = parts.student.module.student
-        hidden = student.body(*batch.student.inputs)
+        inputs = batch.student.inputs
+        hidden = student.body(*inputs)
         result["logits"] = student.head(hidden.flatten(0, 1)[batch.student.rows_M])
+        tokens = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+        result["inputs"] = {**tokens, **inputs.vision, "rows": batch.student.rows_M}
     parts.export(Path(out).parent / f"{stage_name}_export")
     if dist.is_main():
         torch.save(result, out)
