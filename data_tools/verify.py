@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.build import progress_bar
+from data_tools.progress import progress_bar
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.reader import TAR_ERRORS, BadSample, ShardReader, tar_stages
 from genrecal_ds.errors import UserError

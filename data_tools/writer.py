@@ -10,9 +10,10 @@ import os
 import tarfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -38,105 +39,180 @@ class CheckedSample:
     image_sizes: list[tuple[int, int]]  # (width, height) pixels, upright
 
 
-class ShardWriter:
-    """Packs samples into shards of `shard_size` samples and keeps their index records.
+@dataclass(frozen=True)
+class Part:
+    """One finished shard: its manifest entry, its index records, and the rows it left out.
 
-    Use: write(...) many times, then finish(...) once. A folder without finish has no manifest
-    and no reader accepts it.
+    records: one list of integers per sample in INDEX_DTYPE's order, with `shard` 0 and `kind` a
+    number into `kinds`: both become final in publish_folder. entry is None for an empty shard.
     """
 
-    def __init__(self, directory: Path, shard_size: int) -> None:
-        self.directory = directory
-        self.shard_size = shard_size
-        self.num_samples = 0
-        self._shards: list[dict[str, Any]] = []
-        self._records: list[tuple[int, ...]] = []
-        self._kinds: dict[str, int] = {}
-        self._kind_counts: Counter[str] = Counter()
-        self._file: BinaryIO | None = None
+    entry: dict[str, Any] | None
+    records: list[list[int]]
+    kinds: list[str]
+    rejects: list[dict[str, Any]] = field(default_factory=list)
+
+
+class ShardFile:
+    """One shard being written; invisible under its name until `publish`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = temporary(path).open("wb")
         self._digest = hashlib.sha256()
         self._offset = 0
-        self._count = 0
+        self._records: list[list[int]] = []
+        self._kinds: dict[str, int] = {}
 
-    def write(self, sample: CheckedSample) -> None:
-        """Append one sample and remember its byte range, crc32 and sizes."""
-        if self._file is None:
-            self._file = temporary(self._shard_path()).open("wb")
-        data = tar_bytes(sample)
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def append(self, sample: CheckedSample) -> None:
+        """Write one sample and remember its byte range, crc32 and sizes."""
         widths, heights = zip(*sample.image_sizes, strict=True) if sample.image_sizes else ((), ())
-        record = {
-            "offset": self._offset,
-            "length": len(data),
+        facts = {
             "text_bytes": sample.text_bytes,
-            "shard": len(self._shards),
-            "crc32": zlib.crc32(data),
-            "kind": self._kinds.setdefault(sample.kind, len(self._kinds)),
             "num_images": len(sample.image_sizes),
             "max_width": max(widths, default=0),
             "max_height": max(heights, default=0),
         }
-        self._records.append(tuple(record[name] for name in INDEX_DTYPE.names or ()))
-        self._kind_counts[sample.kind] += 1
-        self._append(data)
-        self._count += 1
-        self.num_samples += 1
-        if self._count == self.shard_size:
-            self._close_shard()
+        self.append_bytes(tar_bytes(sample), sample.kind, facts)
 
-    def finish(self, build: dict[str, Any], rejected: dict[str, int]) -> None:
-        """Close the last shard, write the index, then the manifest with the build's arguments."""
-        if self._count:
-            self._close_shard()
-        index_path = self.directory / INDEX_NAME
-        with temporary(index_path).open("wb") as file:
-            np.save(file, np.array(self._records, INDEX_DTYPE), allow_pickle=False)
-        publish(index_path)
-        manifest = {
-            "schema": SCHEMA_VERSION,
-            "build": build,
-            "num_samples": self.num_samples,
-            "samples_per_kind": {name: self._kind_counts[name] for name in self._kinds},
-            "rejected": dict(sorted(rejected.items())),
-            "kinds": list(self._kinds),
-            "index_sha256": file_sha256(index_path),
-            "shards": self._shards,
+    def append_bytes(self, data: bytes, kind: str, facts: dict[str, int]) -> None:
+        """Write the tar bytes of one sample whose other facts are known."""
+        record = {
+            **facts,
+            "offset": self._offset,
+            "length": len(data),
+            "shard": 0,
+            "crc32": zlib.crc32(data),
+            "kind": self._kinds.setdefault(kind, len(self._kinds)),
         }
-        manifest_path = self.directory / MANIFEST_NAME
-        text = json.dumps(manifest, indent=1) + "\n"
-        temporary(manifest_path).write_text(text, encoding="utf-8")
-        publish(manifest_path)
+        self._records.append([record[name] for name in INDEX_DTYPE.names or ()])
+        self._write(data)
+
+    def publish(self, rejects: Sequence[dict[str, Any]] = ()) -> Part:
+        """End the tar and give it its name; a shard without samples leaves no file."""
+        if not self._records:
+            self.close()
+            temporary(self.path).unlink()
+            return Part(None, [], [], list(rejects))
+        # two zero blocks end a tar; whole records of 10240 bytes are what tar programs write
+        end = 2 * tarfile.BLOCKSIZE
+        self._write(bytes(end + -(self._offset + end) % tarfile.RECORDSIZE))
+        self.close()
+        publish(self.path)
+        entry = {
+            "name": self.path.name,
+            "bytes": self._offset,
+            "sha256": self._digest.hexdigest(),
+            "count": len(self._records),
+        }
+        return Part(entry, self._records, list(self._kinds), list(rejects))
 
     def close(self) -> None:
-        """Give up an unfinished shard's file handle; its temporary file stays behind."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file without publishing it; its temporary file stays behind."""
+        self._file.close()
 
-    def _shard_path(self) -> Path:
-        return self.directory / f"shard-{len(self._shards):06d}.tar"
-
-    def _append(self, data: bytes) -> None:
-        assert self._file is not None
+    def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
         self._offset += len(data)
 
-    def _close_shard(self) -> None:
-        # two zero blocks end a tar; whole records of 10240 bytes are what tar programs write
-        end = 2 * tarfile.BLOCKSIZE
-        self._append(bytes(end + -(self._offset + end) % tarfile.RECORDSIZE))
-        self.close()
-        path = self._shard_path()
-        publish(path)
-        self._shards.append(
-            {
-                "name": path.name,
-                "bytes": self._offset,
-                "sha256": self._digest.hexdigest(),
-                "count": self._count,
-            }
-        )
-        self._digest, self._offset, self._count = hashlib.sha256(), 0, 0
+
+class ShardWriter:
+    """Packs samples into shards of `shard_size`: write many times, then finish once.
+
+    A folder without finish has no manifest and no reader accepts it.
+    """
+
+    def __init__(self, directory: Path, shard_size: int) -> None:
+        self.directory, self.shard_size = directory, shard_size
+        self._parts: list[Part] = []
+        self._open: ShardFile | None = None
+
+    def write(self, sample: CheckedSample) -> None:
+        """Append one sample."""
+        self._current().append(sample)
+        self._close_full()
+
+    def copy(self, data: bytes, kind: str, facts: dict[str, int]) -> None:
+        """Append one sample as the tar bytes of another folder; see ShardFile.append_bytes."""
+        self._current().append_bytes(data, kind, facts)
+        self._close_full()
+
+    def finish(self, build: dict[str, Any]) -> None:
+        """Close the last shard and publish the folder."""
+        if self._open is not None:
+            self._parts.append(self._open.publish())
+            self._open = None
+        publish_folder(self.directory, self._parts, build)
+
+    def close(self) -> None:
+        """Give up an unfinished shard's file handle."""
+        if self._open is not None:
+            self._open.close()
+
+    def _current(self) -> ShardFile:
+        if self._open is None:
+            self._open = ShardFile(shard_path(self.directory, len(self._parts)))
+        return self._open
+
+    def _close_full(self) -> None:
+        if self._open is not None and len(self._open) == self.shard_size:
+            self._parts.append(self._open.publish())
+            self._open = None
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    """Where shard `number` of a folder lies."""
+    return directory / f"shard-{number:06d}.tar"
+
+
+def publish_folder(directory: Path, parts: Sequence[Part], build: dict[str, Any]) -> None:
+    """Write the index of all parts, in order, then the manifest with the build's arguments."""
+    kinds: dict[str, int] = {}
+    shards = [part for part in parts if part.entry is not None]
+    blocks = []
+    for number, part in enumerate(shards):
+        block = np.array([tuple(record) for record in part.records], INDEX_DTYPE)
+        codes = [kinds.setdefault(kind, len(kinds)) for kind in part.kinds]
+        block["shard"], block["kind"] = number, np.array(codes, np.uint32)[block["kind"]]
+        blocks.append(block)
+    records = np.concatenate(blocks) if blocks else np.empty(0, INDEX_DTYPE)
+    rejected = Counter(reject["reason"] for part in parts for reject in part.rejects)
+    publish_index(
+        directory,
+        records,
+        list(kinds),
+        [part.entry for part in shards if part.entry],
+        {"build": build, "rejected": dict(sorted(rejected.items()))},
+    )
+
+
+def publish_index(
+    directory: Path,
+    records: np.ndarray,
+    kinds: Sequence[str],
+    shards: Sequence[dict[str, Any]],
+    facts: dict[str, Any],
+) -> None:
+    """Write index.npy, then the manifest: from here on readers accept the folder."""
+    index_path = directory / INDEX_NAME
+    with temporary(index_path).open("wb") as file:
+        np.save(file, records, allow_pickle=False)
+    publish(index_path)
+    per_kind = np.bincount(records["kind"], minlength=len(kinds))
+    manifest = {
+        "schema": SCHEMA_VERSION,
+        **facts,
+        "num_samples": len(records),
+        "samples_per_kind": dict(zip(kinds, map(int, per_kind), strict=True)),
+        "kinds": list(kinds),
+        "index_sha256": file_sha256(index_path),
+        "shards": list(shards),
+    }
+    write_json(directory / MANIFEST_NAME, manifest)
 
 
 def tar_bytes(sample: CheckedSample) -> bytes:
@@ -149,6 +225,12 @@ def tar_bytes(sample: CheckedSample) -> bytes:
         info.mtime = 0  # with no owner either: the same bytes on every day and machine
         parts += [info.tobuf(tarfile.PAX_FORMAT), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
     return b"".join(parts)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a json file whole or not at all."""
+    temporary(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    publish(path)
 
 
 def temporary(path: Path) -> Path:

@@ -33,10 +33,25 @@ class ModelSource(Section):
     max_length: int = Field(2048, gt=0)  # tokens, images included; longer: whole turns dropped
 
 
+class CacheConfig(Section):
+    """Copies of shards on this node's own disk, shared by its ranks and by runs."""
+
+    dir: Path
+    max_gib: float = Field(500, gt=0)  # the least recently used shards go first
+
+
 class DataConfig(Section):
-    train: Path  # a folder made by data_tools.build
-    validation: Path | None = None
+    """Folders made by data_tools.build: local paths, or URLs of a scheme listed in `remote`."""
+
+    train: str
+    validation: str | None = None
     num_workers: int = Field(0, ge=0)  # DataLoader workers per rank
+    lengths: Literal["estimated", "measured"] = "estimated"  # measured: data_tools.tokens
+    length_window: int = Field(50, gt=0)  # global batches sorted by length together; 1 = random
+    too_long: Literal["drop", "error", "truncate_question"] = "drop"
+    max_unreadable: float = Field(0.001, ge=0, le=1)  # share of damaged samples that ends the run
+    cache: CacheConfig | None = None
+    remote: tuple[Literal["s3", "gs", "hf", "file"], ...] = ()
 
 
 class BatchConfig(Section):
@@ -82,7 +97,7 @@ class StageConfig(Section):
     final_lr: float | None = Field(None, ge=0)
     global_batch: int | None = Field(None, gt=0)
     micro_batch: int | None = Field(None, gt=0)
-    data: Path | None = None  # other shards than data.train (the paper's stage 3)
+    data: str | None = None  # other shards than data.train (the paper's stage 3)
     seed: int | None = None  # of the sample order; default: the recipe's seed
 
     @model_validator(mode="before")
@@ -140,7 +155,8 @@ class Recipe(Section):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     deterministic: bool = False  # torch.use_deterministic_algorithms
-    resume: Literal["auto", "never"] = "auto"
+    # new_data: go on with a checkpoint's weights although shards or order changed; a new epoch
+    resume: Literal["auto", "never", "new_data"] = "auto"
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
     teacher: ModelSource | None = None
     student: ModelSource
@@ -224,7 +240,7 @@ def check_folders(recipe: Recipe) -> None:
     shards = {"data.train": recipe.data.train, "data.validation": recipe.data.validation}
     shards |= {f"stages.{stage.name}.data": stage.data for stage in recipe.stages}
     for key, path in shards.items():
-        if path is not None and not (path / "manifest.json").is_file():
+        if path is not None and "://" not in path and not Path(path, "manifest.json").is_file():
             raise UserError(
                 f"{key}: {path} has no manifest.json; build it: python -m data_tools.build"
             )

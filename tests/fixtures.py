@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build_digit_shards(folder: Path, split: str, num_samples: int, seed: int = 0) -> Path:
-    from data_tools.build import build
+    from data_tools.builder import build
     from data_tools.sources import digits
 
     arguments = {"split": split, "num_samples": num_samples, "seed": seed}
-    build(digits.samples(split, num_samples, seed), folder, source="digits", arguments=arguments)
+    build(digits.Digits(split, num_samples, seed), folder, arguments=arguments)
     return folder
 
 
@@ -26,7 +26,7 @@ def texts_of_digits(num_samples: int = 500) -> list[str]:
 
     return [
         part["text"]
-        for sample in digits.samples("train", num_samples, 0)
+        for sample in digits.Digits("train", num_samples, 0).rows(0, num_samples)
         for message in sample.messages
         for part in message["content"]
         if part["type"] == "text"

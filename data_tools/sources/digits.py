@@ -12,6 +12,7 @@ after the benchmarks they imitate:
     sum_text text only: no picture at all
 """
 
+import hashlib
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,9 @@ import numpy as np
 from PIL import Image
 
 from data_tools.sources import RawSample
+from genrecal_ds.errors import UserError
 
+VERSION = 2  # raise it whenever the same arguments would draw other scenes
 CELL = 16  # pixels; a digit image is 8 x 8, enlarged to 14 with a jitter of one pixel
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
 KINDS = ("digit", "place", "largest", "read", "row_sum", "column_sum", "box")
@@ -29,36 +32,61 @@ TEXT_SHARE, TWO_TURN_SHARE = 0.03, 0.15
 _SPLITS = {"train": (0.0, 0.7), "validation": (0.7, 0.85), "heldout": (0.85, 1.0)}
 
 
-def samples(
-    split: str, num_samples: int, seed: int, kinds: tuple[str, ...] | None = None
-) -> Iterator[RawSample]:
-    """num_samples conversations, the same for the same arguments. Raises ValueError for a name.
+def open_source(
+    path: str,
+    *,
+    split: str = "train",
+    num_samples: int = 1000,
+    seed: int = 0,
+    kinds: str | None = None,
+) -> "Digits":
+    """`path` must be the word digits: nothing is read. kinds: comma-separated."""
+    if path != "digits":
+        raise UserError(f"SOURCE {path!r}: --format digits draws its own; write `digits`")
+    return Digits(split, num_samples, seed, tuple(kinds.split(",")) if kinds else DEFAULT_KINDS)
+
+
+class Digits:
+    """Scene number i depends on (split, seed, kinds, i) alone. Raises UserError for a bad name.
 
     heldout and validation have one turn and a picture each, so that a score has one meaning.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"split {split!r}; there are {', '.join(_SPLITS)}")
-    kinds = kinds or DEFAULT_KINDS
-    if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"kinds {sorted(unknown)}; there are {', '.join(KINDS)}")
-    pixels, labels, sources = load_split(split)
-    generator = np.random.default_rng([seed, list(_SPLITS).index(split)])
-    for number in range(num_samples):
-        mixes = split == "train"
+
+    def __init__(
+        self, split: str, num_samples: int, seed: int, kinds: tuple[str, ...] = DEFAULT_KINDS
+    ) -> None:
+        if split not in _SPLITS:
+            raise UserError(f"--split {split}: digits has {', '.join(_SPLITS)}")
+        if unknown := sorted(set(kinds) - set(KINDS)):
+            raise UserError(f"--kinds {','.join(unknown)}: digits has {', '.join(KINDS)}")
+        self.name = f"digits-{split}"
+        self.split, self.num_samples, self.seed, self.kinds = split, num_samples, seed, kinds
+        self._pixels, self._labels, self._sources = load_split(split)
+        arguments = f"{VERSION} {split} {num_samples} {seed} {kinds}"
+        self.digest = hashlib.sha256(arguments.encode() + self._pixels.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def rows(self, start: int, stop: int) -> Iterator[RawSample]:
+        return map(self._row, range(start, stop))
+
+    def _row(self, number: int) -> RawSample:
+        generator = np.random.default_rng([self.seed, list(_SPLITS).index(self.split), number])
+        mixes = self.split == "train"
         if mixes and generator.random() < TEXT_SHARE:
-            yield _text_only(generator, f"{split}-{number}")
-            continue
+            return _text_only(generator, f"{self.split}-{number}")
         turns = 2 if mixes and generator.random() < TWO_TURN_SHARE else 1
-        picked = [kinds[generator.integers(len(kinds))] for _ in range(turns)]
+        picked = [self.kinds[generator.integers(len(self.kinds))] for _ in range(turns)]
         if "digit" in picked:
             picked = ["digit"]
         side = 1 if picked == ["digit"] else 2
-        chosen = generator.integers(len(labels), size=side * side)
-        grid = labels[chosen].reshape(side, side)
+        chosen = generator.integers(len(self._labels), size=side * side)
+        grid = self._labels[chosen].reshape(side, side)
         asked = [_ask(kind, grid, generator) for kind in picked]
-        identity = "-".join(str(sources[i]) for i in chosen)
-        yield RawSample(
-            images=[("png", _scene(pixels[chosen], generator))],
+        identity = "-".join(str(self._sources[i]) for i in chosen)
+        return RawSample(
+            images=[("png", _scene(self._pixels[chosen], generator))],
             messages=_messages(asked),
             kind=picked[-1],
             answers=[asked[-1][2]],

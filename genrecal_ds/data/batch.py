@@ -72,7 +72,10 @@ class PairBatch(NamedTuple):
     num_samples: int
     num_student_rows: int
     num_teacher_rows: int
-    rejects: tuple[str, ...] = ()  # reasons of the samples that could not be used
+    num_truncated: int = 0
+    sample_ids: tuple[int, ...] = ()  # all that were asked for, the rejected ones included
+    unusable: tuple[str, ...] = ()  # reasons of samples that this pair cannot learn from
+    unreadable: tuple[str, ...] = ()  # damaged ones, by shard and key
 
 
 def collate(
@@ -80,7 +83,6 @@ def collate(
     placeholder: Pair,
     vision_rules: tuple[dict[str, str] | None, dict[str, str]],
     with_regular: bool,
-    rejects: tuple[str, ...] = (),
 ) -> PairBatch:
     """A micro-batch of any composition that calls the same modules on every rank.
 
@@ -100,7 +102,7 @@ def collate(
         num_samples=sum(not pair.is_placeholder for pair in pairs),
         num_student_rows=int((student.labels_M != IGNORE).sum()),
         num_teacher_rows=int((teacher.labels_N != IGNORE).sum()) if teacher else 0,
-        rejects=rejects,
+        num_truncated=sum(pair.is_truncated for pair in pairs),
     )
 
 

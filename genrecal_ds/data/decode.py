@@ -65,19 +65,10 @@ class Record:
 
 
 def decode_record(data: bytes) -> Record:
-    """Parse and check a json member; raises SampleError with a distinct reason per defect."""
+    """Check a json member; raises SampleError with a distinct reason per defect."""
     if len(data) > MAX_RECORD_BYTES:
         raise SampleError("record_bytes", f"{len(data)} bytes of json, limit {MAX_RECORD_BYTES}")
-    try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
-    except UnicodeDecodeError as error:
-        raise SampleError("text_encoding", f"json is not UTF-8: {error}") from error
-    except RecursionError as error:
-        raise SampleError("record_depth", "json is nested too deeply") from error
-    except ValueError as error:
-        raise SampleError("record_json", str(error)) from error
+    value = parse_json(data)
     if not isinstance(value, dict) or value.keys() != RECORD_KEYS:
         found = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise SampleError("record_keys", f"need {sorted(RECORD_KEYS)}, found {found}")
@@ -93,6 +84,22 @@ def decode_record(data: bytes) -> Record:
         num_images=num_images,
         text_bytes=text_bytes,
     )
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8 without BOM, no NaN, no key twice in an object, no endless nesting.
+
+    Raises SampleError (text_encoding, record_json, record_depth).
+    """
+    try:
+        text = data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise SampleError("text_encoding", f"json is not UTF-8: {error}") from error
+    except RecursionError as error:
+        raise SampleError("record_depth", "json is nested too deeply") from error
+    except ValueError as error:
+        raise SampleError("record_json", str(error)) from error
 
 
 def decode_image(data: bytes, extension: str) -> Image.Image:

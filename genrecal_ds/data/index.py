@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from genrecal_ds.data.store import ShardStore, StoreError
 from genrecal_ds.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -41,8 +42,6 @@ INDEX_DTYPE = np.dtype(
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# An allow-list of one (a local path): PIPE:, " pipe:", s3://, hf:// ... all look like this.
-_URL_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,22 @@ class ShardIndex:
     records: np.ndarray
     fingerprint: str  # sha256 hex over the index and every shard's hash
     build: dict[str, Any]  # the builder's arguments
+    store: ShardStore
 
     @classmethod
-    def load(cls, directory: str | Path, *, check_files: bool = True) -> "ShardIndex":
+    def load(cls, location: str | Path | ShardStore, *, check_files: bool = True) -> "ShardIndex":
         """Read manifest and index and compare every shard's size with the manifest.
 
         Raises UserError naming the file, what was expected and what was found. With
         check_files=False (for `verify`) the shards are not looked at; see file_defects.
         """
-        folder = local_path(directory)
+        store = location if isinstance(location, ShardStore) else ShardStore(str(location))
+        folder = store.directory
+        try:
+            store.fetch_small(MANIFEST_NAME)
+            store.fetch_small(INDEX_NAME)
+        except StoreError as error:
+            raise UserError(f"{error}; see data.remote and data.cache") from None
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; make it with python -m data_tools.build")
         manifest = read_manifest(folder)
@@ -86,7 +92,7 @@ class ShardIndex:
             raise UserError(f"{folder / MANIFEST_NAME}: shards is empty or repeats a name; rebuild")
         kinds = tuple(_get(manifest, "kinds", list, folder))
         digest = _get(manifest, "index_sha256", str, folder)
-        records = _load_records(folder, digest, shards, len(kinds))
+        records = _load_records(folder, digest, shards, len(kinds), "mix" in manifest)
         hashed = "\n".join([digest, *(f"{shard.sha256} {shard.name}" for shard in shards)])
         index = cls(
             directory=folder,
@@ -95,6 +101,7 @@ class ShardIndex:
             records=records,
             fingerprint=hashlib.sha256(hashed.encode("ascii")).hexdigest(),
             build=_get(manifest, "build", dict, folder),
+            store=store,
         )
         if check_files and (defects := index.file_defects()):
             raise UserError(f"{defects[0]}; restore the file or rebuild {folder}")
@@ -104,7 +111,7 @@ class ShardIndex:
         return len(self.records)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reload, (str(self.directory), self.fingerprint)
+        return _reload, (self.store, self.fingerprint)
 
     @property
     def classes(self) -> np.ndarray:
@@ -117,6 +124,13 @@ class ShardIndex:
 
     def file_defects(self) -> list[str]:
         """One line per shard that is missing, linked, of another size, or not in the manifest."""
+        if (sizes := self._remote_sizes()) is not None:
+            return [
+                f"{self.store.location}/{shard.name}: expected {shard.num_bytes} bytes, "
+                f"actual {sizes.get(shard.name, 'none: missing')}"
+                for shard in self.shards
+                if sizes.get(shard.name) != shard.num_bytes
+            ]
         defects = [
             defect
             for shard in self.shards
@@ -126,13 +140,16 @@ class ShardIndex:
         strangers = sorted({path.name for path in self.directory.glob("*.tar")} - known)
         return defects + [f"{self.directory / name}: not in the manifest" for name in strangers]
 
+    def _remote_sizes(self) -> dict[str, int] | None:
+        try:
+            return self.store.sizes()
+        except StoreError as error:
+            raise UserError(str(error)) from None
+
 
 def local_path(path: str | Path) -> Path:
     """The absolute local path; UserError for a URL of any scheme, `pipe:` or `a::b`."""
-    text = str(path)
-    if _URL_SCHEME.match(text) or "\0" in text or "::" in text:
-        raise UserError(f"{text!r}: shards live in a local folder only; name a plain path")
-    return Path(text).absolute()
+    return ShardStore(str(path)).directory
 
 
 def file_sha256(path: Path) -> str:
@@ -179,8 +196,9 @@ def _shard(entry: Any, folder: Path) -> Shard:
 
 
 def _load_records(
-    folder: Path, digest: str, shards: tuple[Shard, ...], num_kinds: int
+    folder: Path, digest: str, shards: tuple[Shard, ...], num_kinds: int, is_mix: bool
 ) -> np.ndarray:
+    """The checked index; a mix (data_tools.mix) may name a sample of a shard twice or never."""
     path = folder / INDEX_NAME
     try:
         if (found := file_sha256(path)) != digest:
@@ -193,10 +211,10 @@ def _load_records(
     counts = np.array([shard.count for shard in shards])
     sizes = np.array([shard.num_bytes for shard in shards])
     is_sound = (
-        len(records) == counts.sum() > 0
+        len(records) > 0
         and records["kind"].max() < num_kinds
         and records["shard"].max() < len(shards)
-        and np.array_equal(np.bincount(records["shard"], minlength=len(shards)), counts)
+        and (is_mix or np.array_equal(np.bincount(records["shard"], minlength=len(shards)), counts))
         and records["offset"].min() >= 0
         and records["length"].min() > 0
         and bool((records["offset"] + records["length"] <= sizes[records["shard"]]).all())
@@ -218,8 +236,9 @@ def _file_defect(path: Path, expected: int) -> str | None:
     return None
 
 
-def _reload(directory: str, fingerprint: str) -> ShardIndex:
-    index = ShardIndex.load(directory)
+def _reload(store: ShardStore, fingerprint: str) -> ShardIndex:
+    """In a worker: the rank has looked at every file, and a thousand workers need not again."""
+    index = ShardIndex.load(store, check_files=False)
     if index.fingerprint != fingerprint:
-        raise UserError(f"{directory}: the shards changed while in use; start again")
+        raise UserError(f"{store.location}: the shards changed while in use; start again")
     return index

@@ -7,19 +7,18 @@ number of the next step.
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
-from genrecal_ds.data.pair import Encoder, Pair, Unusable, encode_pair
-from genrecal_ds.data.plan import PADDING, FirstSamples, StepPlan, deal
+from genrecal_ds.data.pair import Encoder, LongPolicy, Pair, TooLong, Unusable, encode_pair
+from genrecal_ds.data.plan import PADDING, FirstSamples, StepPlan
 from genrecal_ds.data.reader import BadSample, ShardReader
+from genrecal_ds.errors import UserError
 
 # A worker that hangs (a dead network mount) must end the run with an error, not freeze it.
 WORKER_TIMEOUT_SECONDS = 300
@@ -31,9 +30,15 @@ class PairEncoders:
 
     student: Encoder
     teacher: Encoder | None = None
+    too_long: LongPolicy = "drop"
+
+    @property
+    def by_side(self) -> dict[str, Encoder]:
+        student = {"student": self.student}
+        return student if self.teacher is None else {"teacher": self.teacher, **student}
 
     def encode(self, messages: list, images: list[Image.Image]) -> Pair:
-        return encode_pair(messages, images, self.teacher, self.student)
+        return encode_pair(messages, images, self.by_side, self.too_long)
 
     @property
     def vision_rules(self) -> tuple[dict[str, str] | None, dict[str, str]]:
@@ -60,19 +65,29 @@ class PairDataset(Dataset):
         self.placeholder = encoders.placeholder()
 
     def __getitem__(self, slots: tuple[int, ...]) -> PairBatch:
-        pairs, rejects = [], []
-        for slot in slots:
-            if slot == PADDING:
-                continue
+        """The micro-batch of these samples. Raises UserError where the recipe says too_long: error.
+
+        A sample that cannot be used is left out and counted; collate keeps the modules that the
+        batch calls the same.
+        """
+        real = tuple(slot for slot in slots if slot != PADDING)
+        pairs, unusable, unreadable = [], [], []
+        for slot in real:
             try:
                 sample = self.reader.read(slot)
                 pairs.append(self.encoders.encode(sample.messages, sample.images))
+            except TooLong as error:
+                raise UserError(
+                    f"sample {slot}, key {sample.key}: {error}; raise max_length, or set "
+                    "data.too_long to drop or truncate_question"
+                ) from None
             except Unusable as error:
-                rejects.append(str(error))
+                unusable.append(str(error))
             except BadSample as error:
-                rejects.append(f"unreadable: {error}")
-        return collate(
-            pairs, self.placeholder, self.encoders.vision_rules, self.with_regular, tuple(rejects)
+                unreadable.append(str(error))
+        batch = collate(pairs, self.placeholder, self.encoders.vision_rules, self.with_regular)
+        return batch._replace(
+            sample_ids=real, unusable=tuple(unusable), unreadable=tuple(unreadable)
         )
 
 
@@ -90,17 +105,14 @@ def micro_batches(
 ) -> Iterator[list[PairBatch]]:
     """This rank's micro-batches of every step in [first_step, last_step), one list per step.
 
-    What a step trains on does not depend on world_size; only who computes it does.
+    What a step trains on does not depend on world_size; only who computes it does. A worker that
+    dies or hangs raises RuntimeError: never a wait without end, never an epoch that ends early.
     """
     accumulation = plan.global_batch // (micro_batch * world_size)
-    make = partial(
-        _rank_slots, plan, dataset.reader.index.costs(),
-        rank=rank, world_size=world_size, micro_batch=micro_batch,
-    )  # fmt: skip
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=_StepSlots(make, range(first_step, last_step)),
+        sampler=_StepSlots(plan, range(first_step, last_step), rank, world_size, micro_batch),
         num_workers=num_workers,
         pin_memory=pin_memory,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
@@ -112,30 +124,21 @@ def micro_batches(
         yield [next(batches) for _ in range(accumulation)]
 
 
+@dataclass(frozen=True)
 class _StepSlots:
     """The loader's sampler: plans a step only when the loader comes to it."""
 
-    def __init__(self, make: Callable[[int], list[tuple[int, ...]]], steps: range):
-        self._make, self._steps = make, steps
+    plan: StepPlan | FirstSamples
+    steps: range
+    rank: int
+    world_size: int
+    micro_batch: int
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        for step in self._steps:
-            yield from self._make(step)
-
-
-def _rank_slots(
-    plan: StepPlan | FirstSamples,
-    costs: np.ndarray,
-    step: int,
-    *,
-    rank: int,
-    world_size: int,
-    micro_batch: int,
-) -> list[tuple[int, ...]]:
-    """Neighbouring deals cost alike: they go to different ranks of the same micro-step."""
-    slots = plan.slots(step)
-    table = deal(slots, costs, len(slots) // micro_batch, micro_batch)
-    return [tuple(int(slot) for slot in row) for row in table[rank::world_size]]
+        for step in self.steps:
+            dealt = self.plan.micro_batches(step, self.micro_batch, self.world_size)
+            for slots in dealt[:, self.rank]:
+                yield tuple(int(slot) for slot in slots)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -4,13 +4,15 @@ Tokenisation is injected (`Encoder`), so this room knows no model. The rules tha
 must obey together live here: same turns, same truncation, no empty question.
 """
 
+import copy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from PIL.Image import Image
 from torch import Tensor
 
 Messages = list[dict[str, Any]]
+LongPolicy = Literal["drop", "error", "truncate_question"]
 
 
 class Unusable(ValueError):
@@ -54,8 +56,13 @@ class Encoder(Protocol):
 
     max_length: int
     vision_rules: dict[str, str]  # how vision inputs become a batch: rows | tiles
+    digest: str  # sha256 hex of the files that decide the tokens
 
     def encode(self, messages: Messages, images: list[Image]) -> EncodedChat: ...
+
+
+class TooLong(Unusable):
+    """Longer than max_length, where the recipe says that this is an error."""
 
 
 @dataclass(frozen=True)
@@ -65,42 +72,100 @@ class Pair:
     teacher: EncodedChat | None
     student: EncodedChat
     is_placeholder: bool = False
+    is_truncated: bool = False  # turns or question text were left out to fit max_length
 
     @property
     def sides(self) -> tuple[EncodedChat, ...]:
         return (self.student,) if self.teacher is None else (self.teacher, self.student)
 
 
-def encode_pair(
-    messages: Messages, images: list[Image], teacher: Encoder | None, student: Encoder
-) -> Pair:
-    """Both tokenisations of a conversation, cut to the same turns.
+Encoders = dict[str, Encoder]  # by side, `teacher` and `student`, or `student` alone
 
-    Raises Unusable: unequal turns, an empty question, too long even with one turn, or an image
-    lost to truncation (never on one side only).
+
+def encode_pair(
+    messages: Messages, images: list[Image], encoders: Encoders, too_long: LongPolicy = "drop"
+) -> Pair:
+    """Both tokenisations of a conversation: the same text, the same turns, answers whole.
+
+    Longer than a side's max_length: `drop` leaves out the turns that do not fit, and the sample
+    when none does; `truncate_question` shortens question text first; `error` raises TooLong.
+    Raises Unusable: unequal turns, an empty question, nothing fits, or an image lost to
+    truncation (never on one side only).
     """
-    encoders = {"teacher": teacher, "student": student}
-    views = {
-        side: encoder.encode(messages, images)
-        for side, encoder in encoders.items()
-        if encoder is not None
-    }
-    turns = {side: len(view.answers) for side, view in views.items()}
-    if len(set(turns.values())) != 1:
+    views = _views(messages, images, encoders)
+    turns = len(views["student"].answers)
+    if _fitting_turns(views, encoders) == turns:
+        return Pair(views.get("teacher"), views["student"])
+    if too_long == "error":
+        sizes = ", ".join(
+            f"{side} {len(view.input_ids_T)} of {encoders[side].max_length}"
+            for side, view in views.items()
+        )
+        raise TooLong(f"longer than max_length: {sizes} tokens")
+    if too_long == "truncate_question":
+        shorter = _shorten_questions(messages, images, encoders)
+        if shorter is not None:
+            return Pair(shorter.get("teacher"), shorter["student"], is_truncated=True)
+    num_turns = _fitting_turns(views, encoders)
+    if num_turns == 0:
+        raise Unusable("longer than max_length")
+    if _has_image(_after_turns(messages, num_turns)):
+        raise Unusable("max_length would cut an image off")
+    views = {side: view.cut(num_turns) for side, view in views.items()}
+    return Pair(views.get("teacher"), views["student"], is_truncated=True)
+
+
+def _views(messages: Messages, images: list[Image], encoders: Encoders) -> dict[str, EncodedChat]:
+    views = {side: encoder.encode(messages, images) for side, encoder in encoders.items()}
+    if len({len(view.answers) for view in views.values()}) != 1:
         raise Unusable("teacher and student see different numbers of turns")
     if any(start == end for view in views.values() for start, end in view.questions):
         raise Unusable("a turn without question tokens")
-    num_turns = min(
-        sum(end <= encoders[side].max_length for _, end in view.answers)  # type: ignore[union-attr]
+    return views
+
+
+def _fitting_turns(views: dict[str, EncodedChat], encoders: Encoders) -> int:
+    """How many turns, from the first, fit on every side."""
+    return min(
+        sum(end <= encoders[side].max_length for _, end in view.answers)
         for side, view in views.items()
     )
-    if num_turns == 0:
-        raise Unusable("longer than max_length")
-    if num_turns < turns["student"]:
-        if _has_image(_after_turns(messages, num_turns)):
-            raise Unusable("max_length would cut an image off")
-        views = {side: view.cut(num_turns) for side, view in views.items()}
-    return Pair(views.get("teacher"), views["student"])
+
+
+def _shorten_questions(
+    messages: Messages, images: list[Image], encoders: Encoders
+) -> dict[str, EncodedChat] | None:
+    """Views that fit, with the longest question texts cut at their START; None if impossible.
+
+    What is asked stands at the end of a long question, behind its document. The cut is made in
+    the text, before both tokenisations, so that both models read the same words.
+    """
+    texts = [
+        (len(part["text"]), turn, number)
+        for turn, message in enumerate(messages)
+        if message["role"] != "assistant" and not isinstance(message["content"], str)
+        for number, part in enumerate(message["content"])
+        if part["type"] == "text"
+    ]
+    messages = copy.deepcopy(messages)
+
+    def attempt(turn: int, number: int, text: str) -> dict[str, EncodedChat] | None:
+        messages[turn]["content"][number]["text"] = text
+        views = _views(messages, images, encoders)
+        fits = _fitting_turns(views, encoders) == len(views["student"].answers)
+        return views if fits else None
+
+    for length, turn, number in sorted(texts, key=lambda text: -text[0]):
+        whole = messages[turn]["content"][number]["text"]
+        best, kept, failed = attempt(turn, number, whole[-1:]), 1, length
+        if best is None:
+            continue  # even a single character of it is too much: the next text shrinks as well
+        while failed - kept > 1:
+            middle = (kept + failed) // 2
+            views = attempt(turn, number, whole[-middle:])
+            best, kept, failed = (views, middle, failed) if views else (best, kept, middle)
+        return best
+    return None
 
 
 def _after_turns(messages: Messages, num_turns: int) -> Messages:

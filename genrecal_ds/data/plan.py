@@ -1,49 +1,96 @@
 """Which samples form which step: a pure function, independent of ranks, workers and micro-batch.
 
-Resuming therefore needs a dozen scalars (fingerprint, PLAN_VERSION, seed, global_batch, step) and
-any world size that divides the batch sees the same steps. Slots are sample numbers; -1 is a
-placeholder of zero weight that completes the last batch of a class, so every real sample comes
-exactly once an epoch and every rank gets equally many steps.
+    permutation of the epoch -> windows of global batches -> each window sorted by length
+    -> global batches that mix classes -> deal: micro-steps of one class and of like length
+
+Resuming therefore needs a dozen scalars (Order.facts and the number of the next step) and any
+world size that divides the batch sees the same global batches. Slots are sample numbers; -1 is a
+slot of zero weight: it fills the epoch's last batch, the only incomplete one, so every sample
+comes exactly once an epoch and every rank gets equally many steps.
+
+Shapes: n samples, G global batch, U samples of one micro-step over all ranks.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from genrecal_ds.data.index import ShardIndex
-
-PLAN_VERSION = 1  # raise it whenever the same arguments would give another order
+PLAN_VERSION = 2  # raise it whenever the same arguments would give another order
 PADDING = -1
+NUM_CLASSES = 3  # text only, one image, several images: ShardIndex.classes
 
 
-def plan_epoch(
-    index_classes: np.ndarray,
-    *,
-    seed: int,
-    epoch: int,
-    global_batch: int,
-    pure_classes: bool = True,
-) -> np.ndarray:
-    """The sample numbers of every step of one epoch.
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What decides the order of a data set, apart from the epoch.
 
-    index_classes: [num_samples], integers >= 0 (ShardIndex.classes). Returns int64
-    [num_steps, global_batch]. Each class is shuffled and cut into batches, the last one of each
-    class ends in -1 slots, and the batches of all classes are shuffled. pure_classes=False
-    treats all samples as one class. Raises ValueError for no samples or a bad number.
+    classes: int8 [n]. lengths: int32 or int64 [n], tokens (data/lengths.py) or another measure of
+    cost. lengths_digest identifies them. window: global batches sorted by length together; 1
+    leaves the order random.
     """
-    if len(index_classes) == 0 or global_batch < 1 or seed < 0 or epoch < 0:
-        raise ValueError(
-            f"num_samples={len(index_classes)} and global_batch={global_batch} must be positive, "
-            f"seed={seed} and epoch={epoch} not negative"
-        )
-    classes = index_classes if pure_classes else np.zeros(len(index_classes), np.int8)
-    batches = []
-    for name in np.unique(classes):
-        members = np.flatnonzero(classes == name)
-        num_steps = -(-len(members) // global_batch)
-        slots = np.full(num_steps * global_batch, PADDING, np.int64)
-        slots[: len(members)] = members[_permutation(len(members), seed, epoch, 1 + int(name))]
-        batches.append(slots.reshape(num_steps, global_batch))
-    plan = np.concatenate(batches)
-    return plan[_permutation(len(plan), seed, epoch, 0)]
+
+    classes: np.ndarray
+    lengths: np.ndarray
+    lengths_digest: str
+    seed: int
+    global_batch: int
+    window: int
+
+    def __post_init__(self) -> None:
+        is_sound = len(self.classes) == len(self.lengths) > 0 and self.seed >= 0
+        if not (is_sound and self.global_batch > 0 and self.window > 0):
+            raise ValueError(
+                f"{len(self.classes)} classes, {len(self.lengths)} lengths, seed={self.seed}, "
+                f"global_batch={self.global_batch}, window={self.window}: lengths and classes of "
+                "one size > 0, batch and window > 0, seed >= 0"
+            )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What must be equal for a run to go on with the same samples."""
+        return {
+            "plan_version": PLAN_VERSION,
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "window": self.window,
+            "lengths": self.lengths_digest,
+        }
+
+
+def plan_epoch(order: Order, epoch: int) -> np.ndarray:
+    """int64 [num_steps, G]: the sample numbers of every step of one epoch.
+
+    A window's samples are sorted by their length's quantile within their class, so that each
+    global batch holds every class in the window's proportion and its lengths are alike within a
+    class. The batches of all windows are shuffled. The last step holds what is left over, filled
+    with -1.
+    """
+    num_samples, size = len(order.classes), order.global_batch
+    shuffled = _permutation(num_samples, order.seed, epoch, stream=1)
+    num_full = num_samples // size
+    batches = np.full((-(-num_samples // size), size), PADDING, np.int64)
+    for first in range(0, num_full, order.window):
+        last = min(first + order.window, num_full)
+        members = shuffled[first * size : last * size]
+        if order.window > 1:
+            members = members[np.argsort(_quantiles(order, members), kind="stable")]
+        batches[first:last] = members.reshape(last - first, size)
+    left_over = shuffled[num_full * size :]
+    batches[num_full:, : len(left_over)] = left_over
+    batches[:num_full] = batches[:num_full][_permutation(num_full, order.seed, epoch, stream=0)]
+    return batches
+
+
+def _quantiles(order: Order, members: np.ndarray) -> np.ndarray:
+    """float64 in (0, 1): each member's place by length among the members of its class."""
+    quantiles = np.empty(len(members))
+    classes, lengths = order.classes[members], order.lengths[members]
+    for name in range(NUM_CLASSES):
+        chosen = np.flatnonzero(classes == name)
+        by_length = chosen[np.argsort(lengths[chosen], kind="stable")]
+        quantiles[by_length] = (np.arange(len(chosen)) + 0.5) / max(1, len(chosen))
+    return quantiles
 
 
 class StepPlan:
@@ -52,19 +99,15 @@ class StepPlan:
     Holds the plan of the epoch last asked for, 8 bytes a sample.
     """
 
-    def __init__(
-        self, index: ShardIndex, seed: int, global_batch: int, *, pure_classes: bool = True
-    ) -> None:
-        self.seed = seed
-        self.global_batch = global_batch
-        self.pure_classes = pure_classes
-        self._classes = index.classes
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.global_batch = order.global_batch
         self._epoch = 0
         self._plan = self._make(0)
         self.steps_per_epoch = len(self._plan)
 
     def slots(self, step: int) -> np.ndarray:
-        """int64 [global_batch], read-only, of step >= 0 counted over all epochs."""
+        """int64 [G], read-only, of step >= 0 counted over all epochs."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         epoch, row = divmod(step, self.steps_per_epoch)
@@ -72,14 +115,17 @@ class StepPlan:
             self._epoch, self._plan = epoch, self._make(epoch)
         return self._plan[row]
 
+    def micro_batches(self, step: int, micro_batch: int, world_size: int) -> np.ndarray:
+        """int64 [accumulation, world_size, micro_batch]: the step's slots, dealt; see deal."""
+        slots = self.slots(step)
+        return deal(slots, self.order.classes, self.order.lengths, micro_batch, world_size)
+
+    def num_real(self, step: int) -> int:
+        """Samples of the step, fewer than G in an epoch's last one only."""
+        return int((self.slots(step) != PADDING).sum())
+
     def _make(self, epoch: int) -> np.ndarray:
-        plan = plan_epoch(
-            self._classes,
-            seed=self.seed,
-            epoch=epoch,
-            global_batch=self.global_batch,
-            pure_classes=self.pure_classes,
-        )
+        plan = plan_epoch(self.order, epoch)
         plan.flags.writeable = False  # a caller's in-place change would alter later steps
         return plan
 
@@ -92,31 +138,55 @@ class FirstSamples:
         self.global_batch = global_batch
         self.steps_per_epoch = -(-count // global_batch)
 
-    def slots(self, step: int) -> np.ndarray:
-        """int64 [global_batch]; -1 behind the last sample."""
+    def micro_batches(self, step: int, micro_batch: int, world_size: int) -> np.ndarray:
+        """int64 [accumulation, world_size, micro_batch]; -1 behind the last sample."""
         slots = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
-        return np.where(slots < self.count, slots, PADDING)
+        slots = np.where(slots < self.count, slots, PADDING)
+        return slots.reshape(-1, world_size, micro_batch)
 
 
 def deal(
-    slots: np.ndarray, costs: np.ndarray, num_micro_batches: int, micro_batch: int
+    slots: np.ndarray,
+    classes: np.ndarray,
+    lengths: np.ndarray,
+    micro_batch: int,
+    world_size: int,
 ) -> np.ndarray:
-    """Deal one step's slots to world_size * accumulation micro-batches of balanced cost.
+    """Deal one step's slots [G] to micro-steps and ranks.
 
-    slots: int64 [num_micro_batches * micro_batch]; costs: [num_samples] (ShardIndex.costs).
-    Returns int64 [num_micro_batches, micro_batch] with the same slots. Dealt by falling cost in
-    snake order, -1 last. Neighbouring rows cost about the same: give rows that run at the same
-    time on different ranks neighbouring numbers. Raises ValueError when sizes do not fit.
+    Returns int64 [accumulation, world_size, micro_batch] with the same slots. Each class fills as
+    many micro-steps of its own as it can; what is left over of all classes, and the -1 slots,
+    fill the last ones: fewer of those than there are classes in the step, -1 not counted. Within a
+    micro-step slots are sorted by length, so that a micro-batch pads little and the ranks, which
+    wait for each other in every layer, have about the same to do. Raises ValueError when G is not
+    a multiple of U.
     """
-    if slots.ndim != 1 or len(slots) != num_micro_batches * micro_batch:
+    unit = micro_batch * world_size
+    if slots.ndim != 1 or len(slots) % unit:
         raise ValueError(
-            f"{slots.shape} slots cannot fill {num_micro_batches} micro-batches of {micro_batch}"
+            f"{slots.shape} slots cannot fill micro-steps of {world_size} x {micro_batch}"
         )
-    slot_costs = np.where(slots == PADDING, -1, costs[np.maximum(slots, 0)])
-    by_cost = slots[np.argsort(-slot_costs, kind="stable")]  # ties keep the plan's order
-    rounds = by_cost.reshape(micro_batch, num_micro_batches)
-    rounds[1::2] = rounds[1::2, ::-1].copy()
-    return np.ascontiguousarray(rounds.T)
+    real = slots[slots != PADDING]
+    pure, rest = [], []
+    for name in range(NUM_CLASSES):
+        members = real[classes[real] == name]
+        members = members[
+            np.argsort(-lengths[members], kind="stable")
+        ]  # ties keep the plan's order
+        num_own = len(members) // unit * unit
+        pure.append(members[:num_own])
+        rest.append(members[num_own:])
+    mixed = np.concatenate([*rest, slots[slots == PADDING]])
+    steps = np.concatenate([*pure, mixed]).reshape(-1, unit)
+    first_mixed = (len(slots) - len(mixed)) // unit
+    costs = np.where(steps == PADDING, -1, lengths[np.maximum(steps, 0)])
+    order = np.argsort(-costs[first_mixed:], axis=1, kind="stable")
+    steps[first_mixed:] = np.take_along_axis(steps[first_mixed:], order, axis=1)
+    dealt = steps.reshape(-1, world_size, micro_batch)
+    # Every second micro-step runs through the ranks the other way round, or rank 0 would have the
+    # longest of each.
+    dealt[1::2] = dealt[1::2, ::-1].copy()
+    return np.ascontiguousarray(dealt)
 
 
 def _permutation(count: int, seed: int, epoch: int, stream: int) -> np.ndarray:

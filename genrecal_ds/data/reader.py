@@ -17,6 +17,7 @@ from PIL import Image
 
 from genrecal_ds.data.decode import SampleError, decode_image, decode_record
 from genrecal_ds.data.index import Shard, ShardIndex
+from genrecal_ds.data.store import StoreError
 
 MAX_OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 descriptors
 
@@ -110,7 +111,7 @@ class ShardReader:
     def _read_range(self, shard_number: int, offset: int, length: int) -> bytes:
         try:
             data = os.pread(self._descriptor(shard_number), length, offset)
-        except OSError as error:
+        except (OSError, StoreError) as error:
             raise SampleError("shard_unreadable", str(error)) from error
         if len(data) != length:
             raise SampleError("shard_truncated", f"{len(data)} bytes at {offset}, not {length}")
@@ -127,8 +128,8 @@ class ShardReader:
             return self._files[shard_number]
         if len(self._files) >= MAX_OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
-        path = self.index.directory / self.index.shards[shard_number].name
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        shard = self.index.shards[shard_number]
+        descriptor = self.index.store.open(shard.name, shard.sha256)
         self._files[shard_number] = descriptor
         return descriptor
 

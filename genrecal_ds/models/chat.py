@@ -7,6 +7,7 @@ prefix: a token that straddles the boundary (some templates end the prompt with 
 counts as answer.
 """
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class ChatEncoder:
         if not self.tokenizer.is_fast:
             raise UserError(f"{folder}: its tokenizer has no character offsets; save a fast one")
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        self.image_token = getattr(config, "image_token_id", None)
+        self.digest = digest_folder(self.folder)
         self.end_of_turn: int | None = None
         self.end_of_turn = self._find_end_of_turn()
 
@@ -57,6 +60,10 @@ class ChatEncoder:
         per_token = {key: encoding[key][0] for key in self.per_token}
         vision = {key: encoding[key] for key in self.vision_rules if key in encoding}
         return EncodedChat(ids, tuple(answers), per_token, vision).cut(len(answers))
+
+    def num_visual(self, chat: EncodedChat) -> int:
+        """How many of a chat's tokens stand for pictures."""
+        return int((chat.input_ids_T == self.image_token).sum())
 
     def prompt(self, messages: Messages, images: list[Image]) -> dict[str, Tensor]:
         """Inputs [1, T] for generate: the chat up to where the last answer begins."""
@@ -153,6 +160,16 @@ class ChatEncoder:
             f"{self.folder}: its chat template writes no end-of-turn after an answer (stop tokens "
             f"{sorted(stops)}); set eos_token_id in generation_config.json to the token it writes"
         )
+
+
+def digest_folder(folder: Path) -> str:
+    """sha256 hex over the files of a model folder that decide tokens: all but its weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        is_small = path.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
+        if path.is_file() and is_small and not path.name.endswith(".index.json"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 class _Shift:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from genrecal_ds import dist
 from genrecal_ds.config import DataConfig, Recipe, StageConfig, load_ds_config
+from genrecal_ds.data import lengths
 from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.lengths import Lengths
 from genrecal_ds.data.loader import PairDataset, PairEncoders
-from genrecal_ds.data.plan import StepPlan
+from genrecal_ds.data.plan import Order, StepPlan
+from genrecal_ds.data.store import ShardStore
 from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.chat import ChatEncoder
@@ -59,20 +62,48 @@ class Inputs:
     """Everything about a run that can be refused before a model is loaded."""
 
     encoders: dict[bool, PairEncoders]  # by "has a teacher"
-    indices: dict[Path, ShardIndex]
+    indices: dict[str, ShardIndex]
+    lengths: dict[tuple[str, bool], Lengths]  # by folder and "has a teacher"; of training data
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Tokenizers, templates and shard indices. Raises UserError for the first that fails."""
     student = ChatEncoder(recipe.student.path, recipe.student.max_length)
-    encoders = {False: PairEncoders(student)}
+    encoders = {False: PairEncoders(student, too_long=recipe.data.too_long)}
     if any(stage.needs_teacher for stage in recipe.stages):
         assert recipe.teacher is not None  # a rule of config.Recipe
         teacher = ChatEncoder(recipe.teacher.path, recipe.teacher.max_length)
-        encoders[True] = PairEncoders(student, teacher)
+        encoders[True] = PairEncoders(student, teacher, recipe.data.too_long)
     folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
-    indices = {folder: ShardIndex.load(folder) for folder in folders if folder}
-    return Inputs(encoders, indices)
+    indices = {folder: ShardIndex.load(_store(folder, recipe)) for folder in folders if folder}
+    found: dict[tuple[str, bool], Lengths] = {}
+    for stage in recipe.stages:
+        key = (stage.data or recipe.data.train, stage.needs_teacher)
+        if key not in found:
+            found[key] = _lengths(indices[key[0]], encoders, stage.needs_teacher, recipe)
+    return Inputs(encoders, indices, found)
+
+
+def _store(folder: str, recipe: Recipe) -> ShardStore:
+    cache = recipe.data.cache
+    if cache is None:
+        return ShardStore(folder, recipe.data.remote)
+    return ShardStore(folder, recipe.data.remote, cache.dir, int(cache.max_gib * 2**30))
+
+
+def _lengths(
+    index: ShardIndex, encoders: dict[bool, PairEncoders], has_teacher: bool, recipe: Recipe
+) -> Lengths:
+    """Of the sides that a stage uses. One table serves all stages: it is the recipe's pair's."""
+    if recipe.data.lengths == "estimated":
+        return lengths.estimated(index)
+    pair = encoders[True in encoders].by_side
+    used = encoders[has_teacher].by_side
+    return lengths.measured(
+        index,
+        {side: encoder.digest for side, encoder in pair.items()},
+        {side: encoder.max_length for side, encoder in used.items()},
+    )
 
 
 def build_stage(
@@ -85,8 +116,17 @@ def build_stage(
     encoders = inputs.encoders[stage.needs_teacher]
     with_regular = stage.kind == "align" and stage.losses.regularizer != "none"
     data: DataConfig = recipe.data
-    index = inputs.indices[stage.data or data.train]
-    seed = recipe.seed if stage.seed is None else stage.seed
+    folder = stage.data or data.train
+    index = inputs.indices[folder]
+    stage_lengths = inputs.lengths[folder, stage.needs_teacher]
+    order = Order(
+        index.classes,
+        stage_lengths.values,
+        stage_lengths.digest,
+        seed=recipe.seed if stage.seed is None else stage.seed,
+        global_batch=recipe.global_batch(stage),
+        window=data.length_window,
+    )
     validation = None
     if data.validation:
         validation = PairDataset(inputs.indices[data.validation], encoders, with_regular)
@@ -106,7 +146,7 @@ def build_stage(
     )
     return StageParts(
         dataset=PairDataset(index, encoders, with_regular),
-        plan=StepPlan(index, seed, recipe.global_batch(stage)),
+        plan=StepPlan(order),
         validation=validation,
         student=engine,
         teacher=teacher,

@@ -58,8 +58,14 @@ class Checkpoints:
             raise UserError(f"{pointer}: names {path.name}, which is not a complete checkpoint")
         return path
 
-    def load(self, engine: StudentEngine, path: Path, facts: dict[str, Any]) -> int:
-        """Restore a checkpoint of the same run and world size; returns the next step.
+    def load(
+        self,
+        engine: StudentEngine,
+        path: Path,
+        facts: dict[str, Any],
+        may_differ: tuple[str, ...] = (),
+    ) -> dict[str, Any]:
+        """Restore a checkpoint of the same run and world size; returns its manifest.
 
         Raises UserError naming what differs: never a silent start from step 0.
         """
@@ -67,14 +73,16 @@ class Checkpoints:
         expected = {**facts, "world_size": dist.world_size()}
         expected.pop("student", None)  # a path, for export; the run's folder may have been moved
         for key, value in expected.items():
-            if manifest.get(key) != value:
+            if manifest.get(key) != value and key not in may_differ:
+                data = key in ("data", "plan")
                 raise UserError(
                     f"{path}: was written with {key} {manifest.get(key)!r}, this run has "
                     f"{value!r}; resume with the same, or set resume=never and another run_dir"
+                    + (", or resume=new_data to begin an epoch of the new order" if data else "")
                 )
         state = engine.load(self.folder, path.name)
         _set_rng_state(state["rng"])
-        return manifest["step"]
+        return manifest
 
     def _remove_old(self) -> None:
         complete = sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST}"))

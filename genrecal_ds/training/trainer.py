@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
 from genrecal_ds.data.batch import PairBatch, to_device
 from genrecal_ds.data.loader import micro_batches
-from genrecal_ds.data.plan import PLAN_VERSION, FirstSamples, StepPlan
+from genrecal_ds.data.plan import FirstSamples, StepPlan
 from genrecal_ds.errors import UserError
 from genrecal_ds.metrics import JsonlLog, Report
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.training.build import Inputs, StageParts, build_stage
 from genrecal_ds.training.checkpoint import Checkpoints
+from genrecal_ds.training.counts import SampleCounts
 from genrecal_ds.training.progress import Profiler, Progress, peak_memory_gib
 from genrecal_ds.training.stages import learning_rate
 
@@ -40,19 +41,23 @@ class Trainer:
         self.facts = {
             **facts,
             "data": parts.dataset.reader.index.fingerprint,
-            "plan": [PLAN_VERSION, parts.plan.seed, parts.plan.global_batch],
+            "plan": parts.plan.order.facts,
         }
+        self.plan_start = 0  # the step at which the current data's first epoch began
         self.log = JsonlLog(self.folder / "metrics.jsonl")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", recipe.checkpoint.keep)
         self.device = dist.device()
-        self.rejects: dict[str, int] = {}
+        self.counts = SampleCounts(recipe.data.max_unreadable)
 
     def run(self) -> None:
         """Train to the end and write the stage's result."""
         first_step = self._resume()
         self.log.keep_steps_before(first_step + 1)
         batches = self._micro_batches(
-            self.parts.dataset, self.parts.plan, first_step, self.num_steps
+            self.parts.dataset,
+            self.parts.plan,
+            first_step - self.plan_start,
+            self.num_steps - self.plan_start,
         )
         profiler = Profiler(self.recipe.profile, self.folder)
         with Progress(self.stage.name, first_step, self.num_steps) as progress:
@@ -74,7 +79,7 @@ class Trainer:
     def train_step(self, step: int, micro: list[PairBatch]) -> Report:
         """One optimizer step over this rank's micro-batches."""
         parts, clock = self.parts, self.parts.clock
-        totals = self._totals(micro)
+        totals = self._totals(micro, self._share(step))
         every = self.recipe.log.gradient_norms_every
         probe = bool(every) and step % every == 0
         parts.student.set_lr(learning_rate(step, self.num_steps, self.stage, self.recipe.optimizer))
@@ -93,17 +98,25 @@ class Trainer:
             report = report + micro_report
         return report
 
-    def _totals(self, micro: Iterable[PairBatch]) -> Totals:
+    def _share(self, step: int) -> float:
+        """Real samples of the step per slot: below 1 in the last step of an epoch only."""
+        plan = self.parts.plan
+        return plan.num_real(step - self.plan_start) / plan.global_batch
+
+    def _totals(self, micro: Sequence[PairBatch], share: float) -> Totals:
         """Loss rows of the whole step, before its first forward: one collective.
 
-        Known up front, the mean does not depend on world size, micro-batch or packing.
+        Known up front, the mean does not depend on world size, micro-batch or packing. An
+        incomplete batch is scaled by its share, or its few samples would count for a whole one.
         """
-        counts = torch.tensor(
-            [[batch.num_teacher_rows, batch.num_student_rows] for batch in micro],
-            dtype=torch.float64,
-        ).sum(0)
-        teacher, student = dist.sum_over_ranks(counts.to(self.device)).tolist()
-        return Totals(max(1.0, teacher), max(1.0, student))
+        rows = [
+            sum(batch.num_teacher_rows for batch in micro),
+            sum(batch.num_student_rows for batch in micro),
+        ]
+        counts = torch.tensor(rows + self.counts.of(micro), dtype=torch.float64)
+        teacher, student, *samples = dist.sum_over_ranks(counts.to(self.device)).tolist()
+        self.counts.add(samples)
+        return Totals(max(1.0, teacher) / share, max(1.0, student) / share)
 
     def _teacher_rows(self, batch: PairBatch) -> TeacherRows | None:
         if self.parts.teacher is None:
@@ -149,8 +162,6 @@ class Trainer:
         self, step: int, micro: list[PairBatch], report: Report, seconds: float
     ) -> dict[str, Any]:
         """One step's line; {} on steps that are not logged. A collective on the others."""
-        for reason in (reason for batch in micro for reason in batch.rejects):
-            self.rejects[reason] = self.rejects.get(reason, 0) + 1
         phases = self.parts.clock.take()
         validates = self.recipe.log.validate_every
         is_validated = (validates and (step + 1) % validates == 0) or step + 1 == self.num_steps
@@ -173,7 +184,8 @@ class Trainer:
             "tokens": tokens,
             "tokens_per_second": _rates(tokens, phases, seconds),
             "peak_memory_gib": peak_memory_gib(),
-            "rejected": sum(self.rejects.values()),
+            "batch_share": self._share(step),
+            "left_out": self.counts.state(),
         }
 
     def _token_counts(self, micro: list[PairBatch]) -> dict[str, int]:
@@ -183,33 +195,38 @@ class Trainer:
                 sum(int(b.teacher.inputs.attention_mask.sum()) for b in micro if b.teacher),
                 sum(len(b.teacher.packing.source_P) for b in micro if b.teacher),
                 sum(b.num_samples for b in micro),
-                sum(len(b.rejects) for b in micro),
             ],
             dtype=torch.float64,
         )
         values = dist.sum_over_ranks(counts.to(self.device)).long().tolist()
-        return dict(
-            zip(("student", "teacher", "packed", "samples", "rejected"), values, strict=True)
-        )
+        return dict(zip(("student", "teacher", "packed", "samples"), values, strict=True))
 
     def _checkpoint(self, next_step: int) -> None:
         every = self.recipe.checkpoint.every
         if every and next_step % every == 0 and next_step < self.num_steps:
-            self.checkpoints.save(self.parts.student, next_step, self.facts)
+            progress = {"plan_start": self.plan_start, "counts": self.counts.state()}
+            self.checkpoints.save(self.parts.student, next_step, {**self.facts, **progress})
 
     def _resume(self) -> int:
-        path = self.checkpoints.latest() if self.recipe.resume == "auto" else None
+        path = self.checkpoints.latest() if self.recipe.resume != "never" else None
         if path is None:
             return 0
-        step = self.checkpoints.load(self.parts.student, path, self.facts)
+        may_differ = ("data", "plan") if self.recipe.resume == "new_data" else ()
+        manifest = self.checkpoints.load(self.parts.student, path, self.facts, may_differ)
+        step = manifest["step"]
+        is_same = all(manifest.get(key) == self.facts[key] for key in ("data", "plan"))
+        self.plan_start = manifest.get("plan_start", 0) if is_same else step
+        self.counts.load(manifest.get("counts", {}))
         if dist.is_main():
-            print(f"{self.stage.name}: resumed at step {step} from {path}")
+            began = "" if is_same else ", and began an epoch of the new data there"
+            print(f"{self.stage.name}: resumed at step {step} from {path}{began}")
         return step
 
     def _finish(self) -> None:
         self.parts.export(self.folder)
         if dist.is_main():
-            done = {**self.facts, "steps": self.num_steps, "rejects": self.rejects}
+            done = {**self.facts, "steps": self.num_steps, "left_out": self.counts.state()}
+            done["reasons_on_rank_0"] = dict(self.counts.reasons.most_common())
             (self.folder / "DONE").write_text(json.dumps(done, indent=2) + "\n")
         dist.barrier()
 
@@ -249,10 +266,10 @@ def run_recipe(recipe: Recipe, inputs: Inputs) -> None:
 
 def stage_hash(recipe: Recipe, stage: StageConfig) -> str:
     """Identifies what decides a stage's result; logging and paths of outputs do not."""
-    tree = recipe.model_dump(
-        mode="json", exclude={"run_dir", "stages", "log", "checkpoint", "resume", "profile"}
-    )
-    text = json.dumps([tree, stage.model_dump(mode="json")], sort_keys=True)
+    # Shards are known by their content (facts["data"]), not by their place.
+    outputs = {"run_dir", "stages", "log", "checkpoint", "resume", "profile", "data"}
+    tree = recipe.model_dump(mode="json", exclude=outputs) | {"too_long": recipe.data.too_long}
+    text = json.dumps([tree, stage.model_dump(mode="json", exclude={"data"})], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

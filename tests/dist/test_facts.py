@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from data_tools.build import build
+from data_tools.builder import build
 from data_tools.sources import digits
 from genrecal_ds.analysis.probes import facts, main
 from genrecal_ds.evaluate.__main__ import evaluate
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.dist
 
 def shards_of_single_digits(folder, split, count):
     arguments = {"split": split, "num_samples": count, "seed": 0, "kinds": "digit"}
-    samples = digits.samples(split, count, 0, ("digit",))
-    build(samples, folder, source="digits", arguments=arguments)
+    build(digits.Digits(split, count, 0, ("digit",)), folder, arguments=arguments)
     return folder
 
 

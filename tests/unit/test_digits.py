@@ -7,9 +7,14 @@ import pytest
 from PIL import Image
 
 from data_tools.sources import digits
+from genrecal_ds.errors import UserError
 
 pytestmark = pytest.mark.unit
 SPLITS = ("train", "validation", "heldout")
+
+
+def samples(split, num_samples, seed, kinds=digits.DEFAULT_KINDS):
+    return digits.Digits(split, num_samples, seed, kinds).rows(0, num_samples)
 
 
 def text(message):
@@ -20,7 +25,7 @@ def test_no_handwriting_is_in_two_splits():
     sources = [set(digits.load_split(split)[2].tolist()) for split in SPLITS]
     assert sum(map(len, sources)) == len(set.union(*sources)) == 1797
     used = [
-        {int(part) for sample in digits.samples(split, 50, 0) if sample.images
+        {int(part) for sample in samples(split, 50, 0) if sample.images
          for part in sample.source_id.split("-")[1:]}
         for split in SPLITS
     ]  # fmt: skip
@@ -28,25 +33,25 @@ def test_no_handwriting_is_in_two_splits():
 
 
 def test_same_arguments_same_bytes_and_other_seed_others():
-    first = list(digits.samples("train", 60, 3))
-    assert first == list(digits.samples("train", 60, 3))
-    assert first != list(digits.samples("train", 60, 4))
-    assert first[:20] == list(digits.samples("train", 20, 3))
+    first = list(samples("train", 60, 3))
+    assert first == list(samples("train", 60, 3))
+    assert first != list(samples("train", 60, 4))
+    assert first[:20] == list(samples("train", 20, 3))
 
 
 def test_only_train_has_text_only_and_two_turns():
-    train = list(digits.samples("train", 400, 0))
+    train = list(samples("train", 400, 0))
     assert {len(sample.images) for sample in train} == {0, 1}
     assert {len(sample.messages) for sample in train} == {2, 4}
     for split in ("validation", "heldout"):
-        held = list(digits.samples(split, 100, 0))
+        held = list(samples(split, 100, 0))
         assert all(len(s.images) == 1 and len(s.messages) == 2 for s in held)
         assert {s.kind for s in held} == set(digits.DEFAULT_KINDS)
 
 
 def test_answers_follow_from_the_labels():
     labels = dict(zip(*(digits.load_split("heldout")[i].tolist() for i in (2, 1)), strict=True))
-    for sample in digits.samples("heldout", 200, 1, digits.KINDS):
+    for sample in samples("heldout", 200, 1, digits.KINDS):
         grid = np.array([labels[int(part)] for part in sample.source_id.split("-")[1:]])
         question, answer, (gold,) = (
             text(sample.messages[0]),
@@ -79,7 +84,7 @@ def test_answers_follow_from_the_labels():
 
 def test_scenes_are_pictures_of_their_grid():
     sizes = {}
-    for sample in digits.samples("validation", 40, 0, ("digit", "place")):
+    for sample in samples("validation", 40, 0, ("digit", "place")):
         image = Image.open(io.BytesIO(sample.images[0][1]))
         sizes.setdefault(sample.kind, set()).add(image.size)
         assert image.mode == "RGB" and np.asarray(image).std() > 20
@@ -87,7 +92,7 @@ def test_scenes_are_pictures_of_their_grid():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="split"):
-        next(digits.samples("test", 1, 0))
-    with pytest.raises(ValueError, match="count"):
-        next(digits.samples("train", 1, 0, ("count",)))
+    with pytest.raises(UserError, match="--split test"):
+        next(samples("test", 1, 0))
+    with pytest.raises(UserError, match="--kinds count"):
+        next(samples("train", 1, 0, ("count",)))

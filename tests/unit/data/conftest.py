@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools.build import build
-from data_tools.sources import RawSample
+from data_tools.builder import build
+from data_tools.sources import RawSample, Rows
 from data_tools.writer import CheckedSample, ShardWriter
 
 NUM_SAMPLES = 23
@@ -36,6 +36,11 @@ def raw_sample(number: int, num_images: int) -> RawSample:
     return RawSample(images, messages, kind, [f"answer {number:03d}"], f"origin.{number}/../x")
 
 
+def unit_source(num_samples: int) -> Rows:
+    """Number i has i % 3 images."""
+    return Rows("unit", [raw_sample(number, number % 3) for number in range(num_samples)])
+
+
 @pytest.fixture(scope="session")
 def raw() -> Callable[[int, int], RawSample]:
     return raw_sample
@@ -45,8 +50,7 @@ def raw() -> Callable[[int, int], RawSample]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished folder: 23 samples in shards of 8, number i has i % 3 images. Do not change."""
     out = tmp_path_factory.mktemp("built") / "shards"
-    samples = (raw_sample(number, number % 3) for number in range(NUM_SAMPLES))
-    build(samples, out, source="unit", arguments={"seed": 0}, shard_size=SHARD_SIZE)
+    build(unit_source(NUM_SAMPLES), out, arguments={"seed": 0}, shard_size=SHARD_SIZE)
     return out
 
 
@@ -67,7 +71,7 @@ def write_unchecked(tmp_path: Path) -> Callable[..., Path]:
         for row, (members, num_images) in enumerate(samples):
             sizes = [(1, 1)] * num_images
             writer.write(CheckedSample(f"{key}/{row:09d}", members, "kind", 1, sizes))
-        writer.finish({}, {})
+        writer.finish({})
         return out
 
     return write

@@ -98,7 +98,9 @@ def messages(image_in_turn=0):
 
 
 def test_truncation_drops_the_same_turn_on_both_sides():
-    pair = encode_pair(messages(), [], Fixed(TEACHER), Fixed(STUDENT, max_length=10))
+    pair = encode_pair(
+        messages(), [], {"teacher": Fixed(TEACHER), "student": Fixed(STUDENT, max_length=10)}
+    )
     assert (len(pair.teacher.input_ids_T), len(pair.student.input_ids_T)) == (6, 4)
     assert pair.teacher.answers == ((3, 6),) and pair.student.answers == ((2, 4),)
 
@@ -114,4 +116,4 @@ def test_truncation_drops_the_same_turn_on_both_sides():
 )
 def test_unusable_samples_have_a_reason(teacher, student, image, reason):
     with pytest.raises(Unusable, match=reason):
-        encode_pair(messages(image), [], teacher, student)
+        encode_pair(messages(image), [], {"teacher": teacher, "student": student})

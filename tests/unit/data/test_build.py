@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
-from argparse import Namespace
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 import pytest
 
 from data_tools import build as build_module
-from data_tools.build import build, main
+from data_tools.build import main
+from data_tools.builder import build
 from data_tools.inspect import main as inspect
 from data_tools.inspect import printable
-from data_tools.sources import RawSample
+from data_tools.sources import RawSample, Rows
+from genrecal_ds.data.decode import SampleError
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
@@ -31,8 +35,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_same_arguments_same_bytes(built: Path, raw: Raw, tmp_path: Path) -> None:
-    samples = (raw(number, number % 3) for number in range(23))
-    build(samples, tmp_path / "again", source="unit", arguments={"seed": 0}, shard_size=8)
+    samples = Rows("unit", [raw(number, number % 3) for number in range(23)])
+    build(samples, tmp_path / "again", arguments={"seed": 0}, shard_size=8)
     assert contents(tmp_path / "again") == contents(built)
     names = {"manifest.json", "index.npy", "rejects.jsonl"}
     assert contents(built).keys() == names | {f"shard-{i:06d}.tar" for i in range(3)}
@@ -76,7 +80,7 @@ def test_each_defect_has_its_reason(raw: Raw, tmp_path: Path) -> None:
     bad = [spoil(raw(number, 1), reason) for number, reason in enumerate(REASONS)]
     good = [raw(number, 1) for number in range(100, 103)]
     out = tmp_path / "out"
-    report = build([*bad, *good], out, source="s", arguments={}, max_reject_rate=0.9)
+    report = build(Rows("s", [*bad, *good]), out, arguments={}, max_reject_rate=0.9)
     lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert [line["reason"] for line in lines] == REASONS
     assert [line["row"] for line in lines] == list(range(len(REASONS)))
@@ -93,10 +97,9 @@ def test_each_defect_has_its_reason(raw: Raw, tmp_path: Path) -> None:
 def command(raw: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """main() with a source of 50 samples of which --seed are bad."""
 
-    def source(args: Namespace) -> Iterator[RawSample]:
-        for number in range(50):
-            sample = raw(number, 1)
-            yield spoil(sample, "messages") if number < args.seed else sample
+    def source(path: str, *, seed: int = 0) -> Rows:
+        samples = [raw(number, 1) for number in range(50)]
+        return Rows("s", [spoil(s, "messages") if i < seed else s for i, s in enumerate(samples)])
 
     monkeypatch.setitem(build_module.FORMATS, "digits", source)
 
@@ -120,8 +123,8 @@ def test_all_rejected_and_empty(
 ) -> None:
     assert command("--seed", "50", "--max-reject-rate", "1") == 2
     assert "nothing to write (messages)" in capsys.readouterr().err
-    with pytest.raises(UserError, match="the source gave no sample"):
-        build([], tmp_path / "empty", source="s", arguments={})
+    with pytest.raises(UserError, match="the source has no rows"):
+        build(Rows("s", []), tmp_path / "empty", arguments={})
     assert not (tmp_path / "empty" / "manifest.json").exists()
 
 
@@ -141,22 +144,113 @@ def test_existing_folder(
     assert "shard-000001.tar: missing" in capsys.readouterr().err
 
 
-def test_interrupted_build_is_redone(
-    built: Path, raw: Raw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted() -> Iterator[RawSample]:
-        yield from (raw(number, number % 3) for number in range(20))
-        raise KeyboardInterrupt
+class Interrupted(Rows):
+    """Stops the build at row 10 as Ctrl-C does."""
 
+    def rows(self, start: int, stop: int) -> Iterator[RawSample | SampleError]:
+        for number, sample in enumerate(super().rows(start, stop), start):
+            if number == 10:
+                raise KeyboardInterrupt
+            yield sample
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_interrupted_build_goes_on(built: Path, raw: Raw, tmp_path: Path, num_workers: int) -> None:
+    samples = [raw(number, number % 3) for number in range(23)]
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        build(interrupted(), out, source="unit", arguments={"seed": 0}, shard_size=4)
-    assert (out / "shard-000004.tar").exists() and (out / ".rejects.jsonl.tmp").exists()
+        build(Interrupted("unit", samples), out, arguments={"seed": 0}, shard_size=8)
+    assert (out / "shard-000000.tar").exists() and (out / ".shard-000001.tar.tmp").exists()
     with pytest.raises(UserError, match="build is not finished"):
         ShardIndex.load(out)
-    samples = (raw(number, number % 3) for number in range(23))
-    build(samples, out, source="unit", arguments={"seed": 0}, shard_size=8)
+    done = (out / "shard-000000.tar").stat().st_mtime_ns
+    with pytest.raises(UserError, match="built with seed=0, asked for 1"):
+        build(Rows("unit", samples), out, arguments={"seed": 1}, shard_size=8)
+    arguments = {"seed": 0}
+    build(Rows("unit", samples), out, arguments=arguments, shard_size=8, num_workers=num_workers)
     assert contents(out) == contents(built)
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == done, "a finished shard is kept"
+
+
+def test_a_finished_shard_that_changed_is_made_again(built: Path, raw: Raw, tmp_path: Path) -> None:
+    samples = [raw(number, number % 3) for number in range(23)]
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        build(Interrupted("unit", samples), out, arguments={"seed": 0}, shard_size=8)
+    (out / "shard-000000.tar").write_bytes(b"cut off by a crash of the machine")
+    build(Rows("unit", samples), out, arguments={"seed": 0}, shard_size=8)
+    assert contents(out) == contents(built)
+
+
+@pytest.mark.parametrize("num_workers", [2, 5])
+def test_bytes_do_not_depend_on_the_number_of_processes(
+    built: Path, raw: Raw, tmp_path: Path, num_workers: int
+) -> None:
+    samples = Rows("unit", [raw(number, number % 3) for number in range(23)])
+    out = tmp_path / "out"
+    build(samples, out, arguments={"seed": 0}, shard_size=8, num_workers=num_workers)
+    assert contents(out) == contents(built)
+
+
+class Killer(Rows):
+    """Row 10 kills the process that reads it, as the kernel does when memory is short."""
+
+    def rows(self, start: int, stop: int) -> Iterator[RawSample | SampleError]:
+        if start <= 10 < stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().rows(start, stop)
+
+
+def test_killed_worker_is_an_error_and_the_build_goes_on(
+    built: Path, raw: Raw, tmp_path: Path
+) -> None:
+    samples = [raw(number, number % 3) for number in range(23)]
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="a worker was killed"):
+        build(Killer("unit", samples), out, arguments={"seed": 0}, shard_size=8, num_workers=2)
+    build(Rows("unit", samples), out, arguments={"seed": 0}, shard_size=8)
+    assert contents(out) == contents(built)
+
+
+@pytest.mark.parametrize("num_workers", ["1", "2"])
+def test_killed_command_goes_on(tmp_path: Path, num_workers: str) -> None:
+    def command(out: str) -> list[str]:
+        options = ["--format", "digits", "--num-samples", "1500", "--shard-size", "50"]
+        place = ["--out", str(tmp_path / out), "--workers", num_workers]
+        return [sys.executable, "-m", "data_tools.build", "digits", *options, *place]
+
+    process = subprocess.Popen(command("out"), stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "out").glob("shard-*.tar"))) < 3:
+        assert process.poll() is None, "the build ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob(".parts/0*.json")}
+    done = subprocess.run(command("out"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    subprocess.run(command("whole"), check=True, stderr=subprocess.DEVNULL)
+    assert kept and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_builds_in_one_folder(raw: Raw, tmp_path: Path) -> None:
+    class Nested(Rows):
+        def rows(self, start: int, stop: int) -> Iterator[RawSample | SampleError]:
+            with pytest.raises(UserError, match="another build is writing here"):
+                build(Rows("s", self.samples), tmp_path / "out", arguments={})
+            return super().rows(start, stop)
+
+    build(Nested("s", [raw(0, 0)]), tmp_path / "out", arguments={})
+    assert len(ShardIndex.load(tmp_path / "out")) == 1
+
+
+def test_shard_of_rejects_leaves_no_file(raw: Raw, tmp_path: Path) -> None:
+    bad = [SampleError("from_the_source", "why")] * 4
+    samples = Rows("s", [raw(0, 1), raw(1, 1), *bad, raw(6, 1)])
+    report = build(samples, tmp_path / "out", arguments={}, shard_size=2, max_reject_rate=1)
+    assert report.rejected == {"from_the_source": 4}
+    index = ShardIndex.load(tmp_path / "out")
+    assert [shard.name for shard in index.shards] == ["shard-000000.tar", "shard-000003.tar"]
+    assert [ShardReader(index).read(i).key[-1] for i in range(3)] == ["0", "1", "6"]
 
 
 def test_foreign_files_are_never_deleted(
@@ -168,7 +262,7 @@ def test_foreign_files_are_never_deleted(
     assert command() == 2
     assert (tmp_path / "out" / "shard-000000.tar").read_text() == "x"
     with pytest.raises(UserError, match="not from an unfinished build"):
-        build([raw(0, 0)], built, source="s", arguments={})
+        build(Rows("s", [raw(0, 0)]), built, arguments={})
     (tmp_path / "file").write_text("x")
     assert command(out="file") == 2
 
@@ -189,7 +283,7 @@ def test_help_has_an_example_and_is_light(tool: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"example:\n  python -m data_tools.{tool} " in done.stdout
+    assert "example" in done.stdout and f":\n  python -m data_tools.{tool} " in done.stdout
 
 
 def test_digits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +318,7 @@ def test_terminal_control_is_escaped(
     assert printable(hostile) == r"\x1b]0;owned\x07[bold]\u202ex\n"
     sample = dataclasses.replace(raw(0, 0), kind=hostile, answers=[hostile])
     sample.messages[1]["content"][0]["text"] = hostile
-    build([sample], tmp_path / "out", source="s", arguments={})
+    build(Rows("s", [sample]), tmp_path / "out", arguments={})
     assert inspect([str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert r"\x1b]0;owned" in out and "[bold]" in out

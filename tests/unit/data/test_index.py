@@ -35,7 +35,7 @@ def test_load(built: Path) -> None:
     text = len("question 000") + len("answer 000")
     assert index.costs()[:3].tolist() == [text, text + IMAGE_COST, text + 2 * IMAGE_COST]
     assert index.costs(image_cost=1).dtype == np.int64
-    assert index.build == {"seed": 0}
+    assert index.build == {"seed": 0, "source_digest": ""}
     index.records["shard"].sum()
 
 

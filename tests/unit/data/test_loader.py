@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from data_tools.build import build
+from data_tools.builder import build
 from data_tools.sources import digits
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders, micro_batches
 from genrecal_ds.data.pair import EncodedChat, Unusable
-from genrecal_ds.data.plan import FirstSamples, StepPlan
+from genrecal_ds.data.plan import FirstSamples, Order, StepPlan
 
 pytestmark = pytest.mark.unit
 
@@ -18,6 +18,7 @@ class Letters:
 
     max_length = 1000
     vision_rules = {"pixels": "rows"}
+    digest = "letters"
 
     def encode(self, messages, images):
         ids, answers = [], []
@@ -37,12 +38,17 @@ class Letters:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "train"
-    build(digits.samples("train", 43, 0), folder, source="digits", arguments={})
+    build(digits.Digits("train", 43, 0), folder, arguments={})
     return PairDataset(ShardIndex.load(folder), PairEncoders(Letters(), Letters()), True)
 
 
+def step_plan(dataset, global_batch=8):
+    index = dataset.reader.index
+    return StepPlan(Order(index.classes, index.costs(), "estimated", 1, global_batch, window=2))
+
+
 def steps(dataset, first=0, last=5, rank=0, world_size=1, num_workers=0):
-    plan = StepPlan(dataset.reader.index, seed=1, global_batch=8)
+    plan = step_plan(dataset)
     return list(
         micro_batches(
             dataset,
@@ -105,19 +111,19 @@ def test_validation_reads_the_first_samples_whatever_the_batch(dataset):
         )  # fmt: skip
         batches = [batch for step in steps for batch in step]
         found.append(sum(batch.num_student_rows for batch in batches))
-        assert sum(batch.num_samples + len(batch.rejects) for batch in batches) == 13
+        assert sum(batch.num_samples + len(batch.unusable) for batch in batches) == 13
     assert found[0] == found[1] > 0
 
 
 def test_unusable_samples_are_counted_with_their_reason(dataset):
     batches = [batch for step in steps(dataset, last=20) for batch in step]
-    reasons = [reason for batch in batches for reason in batch.rejects]
+    reasons = [reason for batch in batches for reason in batch.unusable]
     assert set(reasons) == {"a left column"}
     assert all(batch.student.inputs.input_ids.shape[0] >= 1 for batch in batches)
 
 
 def test_a_damaged_sample_becomes_a_counted_reject(dataset, tmp_path):
-    build(digits.samples("train", 20, 0), tmp_path / "d", source="digits", arguments={})
+    build(digits.Digits("train", 20, 0), tmp_path / "d", arguments={})
     index = ShardIndex.load(tmp_path / "d")
     shard = tmp_path / "d" / index.shards[0].name
     data = bytearray(shard.read_bytes())
@@ -125,5 +131,5 @@ def test_a_damaged_sample_becomes_a_counted_reject(dataset, tmp_path):
     shard.write_bytes(bytes(data))
     damaged = PairDataset(index, PairEncoders(Letters()), False)
     batch = damaged[(3, 4)]
-    assert len(batch.rejects) == 1 and "crc32" in batch.rejects[0]
+    assert len(batch.unreadable) == 1 and "crc32" in batch.unreadable[0]
     assert batch.num_samples <= 1
