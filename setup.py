@@ -19,6 +19,7 @@ DEMO = ["scikit-learn"]  # its handwritten digits are the demo's pictures
 DEVELOPMENT = [
     "hypothesis",
     "mypy",
+    "pyarrow",
     "pytest",
     "pytest-timeout",
     "ruff",
@@ -56,7 +57,8 @@ setup(
         "flash": ["flash-attn"],
         "eval": EVALUATION,
         "peers": ["liger-kernel"],
-        "cloud": ["fsspec", "s3fs"],  # to fetch shards and models into local folders before a run
+        "cloud": ["fsspec", "s3fs", "gcsfs"],  # data.remote: shards behind a local cache
+        "parquet": ["pyarrow"],  # data_tools.build --format parquet
         "demo": DEMO,
         "dev": DEVELOPMENT,
     },

@@ -14,12 +14,38 @@ from typing import Any
 
 from data_tools.builder import REJECTS_NAME, build, is_finished
 from data_tools.progress import progress_bar
-from data_tools.sources import Source, digits
+from data_tools.sources import (
+    Source,
+    ai2d,
+    chartqa,
+    digits,
+    docvqa,
+    llava,
+    parquet,
+    refcoco,
+    table,
+    textvqa,
+    vqa,
+    webdataset,
+)
 from genrecal_ds.data.index import local_path
 from genrecal_ds.errors import UserError
 
 # A new format is one entry here and one file in data_tools/sources.
-FORMATS: dict[str, Callable[..., Source]] = {"digits": digits.open_source}
+FORMATS: dict[str, Callable[..., Source]] = {
+    "ai2d": ai2d.open_source,
+    "chartqa": chartqa.open_source,
+    "csv": table.open_source,
+    "digits": digits.open_source,
+    "docvqa": docvqa.open_source,
+    "llava": llava.open_source,
+    "okvqa": vqa.open_okvqa,
+    "parquet": parquet.open_source,
+    "refcoco": refcoco.open_source,
+    "textvqa": textvqa.open_source,
+    "vqav2": vqa.open_vqav2,
+    "webdataset": webdataset.open_source,
+}
 
 EXAMPLE = """examples:
   python -m data_tools.build digits --format digits --out shards/train --num-samples 20000

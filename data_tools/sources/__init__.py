@@ -61,6 +61,21 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
+class RowSource:
+    """A Source whose rows are made one at a time; subclasses have name, digest, len and row."""
+
+    def row(self, number: int) -> RawSample:
+        """Raises SampleError."""
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> Iterator[RawSample | SampleError]:
+        for number in range(start, stop):
+            try:
+                yield self.row(number)
+            except SampleError as error:
+                yield error
+
+
 @dataclass(frozen=True)
 class Rows:
     """A source whose rows are already in memory."""

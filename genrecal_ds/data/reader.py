@@ -36,6 +36,7 @@ class Sample:
     messages: list[dict[str, Any]]
     kind: str
     answers: list[str]
+    source_id: str  # what the source calls it; never a name of ours
 
 
 class BadSample(Exception):
@@ -163,7 +164,7 @@ class ShardReader:
                 raise SampleError("members", f"no image {number} among {names}")
             images.append(decode_image(members[name], name.split(".", 1)[1]))
         key = members["__key__"]
-        return Sample(key, images, record.messages, record.kind, record.answers)
+        return Sample(key, images, record.messages, record.kind, record.answers, record.source_id)
 
 
 def _header_key(data: bytes) -> str:

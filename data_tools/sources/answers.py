@@ -1,0 +1,53 @@
+"""What benchmark sources share: ten human answers, and lettered options."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.sources.files import field_of
+from genrecal_ds.data.decode import SampleError
+from genrecal_ds.errors import UserError
+
+LETTERS = "ABCDEFGHIJ"
+CHOOSE_LETTER = "Answer with the option's letter from the given choices directly."
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """The answer that most people gave; of equals the first."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+def question_of(row: Any) -> str:
+    """The stripped question of an annotation. Raises SampleError question."""
+    question = field_of(row, "question", str).strip()
+    if not question:
+        raise SampleError("question", "the question is empty")
+    return question
+
+
+def strings_of(row: Any, key: str) -> list[str]:
+    """A non-empty list of strings, as it is. Raises SampleError answer."""
+    values = row.get(key)
+    if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
+        raise SampleError("answer", f"{key}: {values!r:.80}")
+    if not any(value.strip() for value in values):
+        raise SampleError("answer", f"{key}: all empty")
+    return values
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """The question, its options as lines `A. text`, and the instruction to answer a letter."""
+    lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
+    return "\n".join([question, *lines, CHOOSE_LETTER])
+
+
+def require_split(split: str, splits: Sequence[str], name: str) -> None:
+    if split not in splits:
+        raise UserError(f"--split {split}: {name} has {', '.join(splits)}")
+
+
+def require_file(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; SOURCE is the folder that holds {what}")
+    return path

@@ -1,0 +1,110 @@
+"""Conversations as people store them -> messages: LLaVA, ShareGPT, chat messages, one question."""
+
+import re
+from typing import Any
+
+from data_tools.sources import assistant, user
+from data_tools.sources.files import field_of
+from genrecal_ds.data.decode import SampleError
+
+IMAGE_MARK = "<image>"
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "system": "system",
+}  # fmt: skip
+_MARK = re.compile(r"\n?<image>\n?")
+
+
+def to_messages(item: dict[str, Any], num_images: int) -> list[dict[str, Any]]:
+    """The messages of one item, its pictures where the text has `<image>`.
+
+    Accepts `conversations` ({from, value}), `messages` ({role, content}, content a text or parts)
+    or `question` with `answer`. The line breaks around a mark belong to the mark, as in LLaVA's
+    templates. Raises SampleError: video, conversations, turn, role, image_count, ...
+    """
+    if item.get("video") or item.get("videos"):
+        raise SampleError("video", "video items are not supported")
+    if "conversations" in item or "messages" in item:
+        key = "conversations" if "conversations" in item else "messages"
+        turns = field_of(item, key, list)
+        messages = [_message(turn, number) for number, turn in enumerate(turns)]
+        _require_count(messages, num_images)
+        return messages
+    if "question" in item:
+        question = field_of(item, "question", str)
+        if IMAGE_MARK in question:
+            messages = [{"role": "user", "content": _parts(question)}]
+            _require_count(messages, num_images)
+        else:
+            messages = [user(question.strip(), num_images)]
+        return [*messages, assistant(answers_of(item)[0])]
+    raise SampleError("conversations", "neither conversations nor messages nor question")
+
+
+def answers_of(item: dict[str, Any]) -> list[str]:
+    """The accepted answers of a question item: `answers`, else `answer`."""
+    answers = item.get("answers") or item.get("answer")
+    answers = [answers] if isinstance(answers, str | int | float) else answers
+    if not isinstance(answers, list) or not answers or isinstance(answers[0], bool | dict | list):
+        raise SampleError("answer", f"answers: {answers!r:.80}")
+    return [str(answer) for answer in answers]
+
+
+def scored_answers(item: dict[str, Any]) -> list[str]:
+    """answers_of, or none where an item is a conversation."""
+    return answers_of(item) if "answers" in item or "answer" in item else []
+
+
+def kind_of(item: dict[str, Any], default: str) -> str:
+    """What the item says it comes from, for counting and scoring by kind."""
+    kind = item.get("data_source") or item.get("source") or item.get("kind")
+    return kind if isinstance(kind, str) else default
+
+
+def id_of(item: dict[str, Any]) -> str:
+    """The item's own id, never used as a name: it may repeat or hold anything."""
+    value = item.get("id", "")
+    return str(value) if isinstance(value, str | int) else ""
+
+
+def _message(turn: Any, number: int) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise SampleError("turn", f"turn {number} is not an object")
+    role = turn.get("from", turn.get("role"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise SampleError("role", f"turn {number}: {role!r:.40} is none of {sorted(_ROLES)}")
+    value = turn.get("value", turn.get("content"))
+    if isinstance(value, str):
+        return {"role": _ROLES[role], "content": _parts(value)}
+    if isinstance(value, list):
+        return {"role": _ROLES[role], "content": [_part(part, number) for part in value]}
+    raise SampleError("turn", f"turn {number}: {value!r:.40} is neither text nor parts")
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """Text around the marks; a turn without any text keeps one empty part for the checker."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(_MARK.split(text)):
+        if number:
+            parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece})
+    return parts or [{"type": "text", "text": ""}]
+
+
+def _part(part: Any, number: int) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind in ("image", "image_url"):
+        return {"type": "image"}
+    if kind == "video":
+        raise SampleError("video", "video items are not supported")
+    raise SampleError("turn", f"turn {number}: part {part!r:.40} is neither text nor image")
+
+
+def _require_count(messages: list[dict[str, Any]], num_images: int) -> None:
+    """A wrong count would shift every later picture, so nothing is guessed."""
+    found = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if found != num_images:
+        raise SampleError("image_count", f"{found} <image> marks but {num_images} images")

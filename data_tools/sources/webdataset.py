@@ -1,0 +1,166 @@
+"""Other people's webdataset shards, checked whole before a sample of them is taken.
+
+webdataset ends a damaged tar in silence, merges keys with dots, and its decoder unpickles. Here a
+shard with anything unexpected in it is refused by name, nothing is unpacked and nothing is run.
+"""
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_tools.sources import RawSample, RowSource, assistant, user
+from data_tools.sources.conversations import id_of, kind_of, scored_answers, to_messages
+from data_tools.sources.files import with_extension
+from genrecal_ds.data.decode import (
+    IMAGE_FORMATS,
+    MAX_IMAGE_BYTES,
+    MAX_RECORD_BYTES,
+    RECORD_KEYS,
+    SampleError,
+    parse_json,
+)
+from genrecal_ds.data.index import file_sha256
+from genrecal_ds.errors import UserError
+
+CAPTION_QUESTION = "Describe the image."
+
+
+def open_source(path: str) -> "Webdataset":
+    """path: a .tar, or a folder of them. Members: pictures, and a json or a txt (caption) a key.
+
+    Raises UserError for a shard that is compressed, cut off, or holds a link, a device, another
+    extension, a name that leads elsewhere, a key in two places or a member twice.
+    """
+    return Webdataset(Path(path))
+
+
+@dataclass
+class _Entry:
+    """One key's members: extension -> (offset, size) in the shard."""
+
+    path: Path
+    key: str
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class Webdataset(RowSource):
+    """Rows are the keys, shards by name."""
+
+    name = "webdataset"
+
+    def __init__(self, path: Path) -> None:
+        shards = [path] if path.is_file() else sorted(path.glob("*.tar"))
+        if not shards:
+            raise UserError(f"{path}: holds no .tar; name a shard or a folder of shards")
+        self._entries = [entry for shard in shards for entry in _scan(shard)]
+        hashes = [f"{shard.name} {file_sha256(shard)}" for shard in shards]
+        self.digest = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def row(self, number: int) -> RawSample:
+        entry = self._entries[number]
+        names = [name for name in entry.members if name.rsplit(".", 1)[-1] in IMAGE_FORMATS]
+        pictures = [
+            with_extension(_read(entry, name, MAX_IMAGE_BYTES))
+            for name in sorted(names, key=_natural)
+        ]
+        if "json" not in entry.members:
+            return _caption(entry, pictures)
+        item = parse_json(_read(entry, "json", MAX_RECORD_BYTES))
+        if not isinstance(item, dict):
+            raise SampleError("row", f"{item!r:.80} is not an object")
+        if item.keys() == RECORD_KEYS:
+            return RawSample(
+                pictures, item["messages"], item["kind"], item["answers"], item["source_id"]
+            )
+        return RawSample(
+            images=pictures,
+            messages=to_messages(item, len(pictures)),
+            kind=kind_of(item, self.name),
+            answers=scored_answers(item),
+            source_id=id_of(item) or entry.key,
+        )
+
+
+def _caption(entry: _Entry, pictures: list[tuple[str, bytes]]) -> RawSample:
+    if "txt" not in entry.members:
+        raise SampleError("members", f"{entry.key}: neither json nor txt")
+    try:
+        text = _read(entry, "txt", MAX_RECORD_BYTES).decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError("text_encoding", f"{entry.key}.txt: {error}") from error
+    messages = [user(CAPTION_QUESTION, len(pictures)), assistant(text)]
+    return RawSample(pictures, messages, Webdataset.name, [], entry.key)
+
+
+def _read(entry: _Entry, extension: str, limit: int) -> bytes:
+    offset, size = entry.members[extension]
+    if size > limit:
+        raise SampleError("member_bytes", f"{entry.key}.{extension}: {size} bytes, limit {limit}")
+    descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
+def _natural(name: str) -> tuple[int | str, ...]:
+    """img2 before img10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+
+
+def _scan(path: Path) -> Iterator[_Entry]:
+    """The shard's keys, from its headers alone. Raises UserError naming shard and member."""
+    entry, seen, end = None, set(), 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, extension = _checked_name(path, member)
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if member.isdir():
+                    continue
+                if entry is None or key != entry.key:
+                    if key in seen:
+                        raise UserError(f"{path}: {member.name}: key {key} is in two places")
+                    seen.add(key)
+                    if entry is not None:
+                        yield entry
+                    entry = _Entry(path, key)
+                if extension in entry.members:
+                    raise UserError(f"{path}: {member.name!r}: comes twice")
+                entry.members[extension] = (member.offset_data, member.size)
+            # tarfile takes damage between members for the end; a whole tar ends in zero blocks
+            file.seek(end)
+            tail = file.read(2 * tarfile.BLOCKSIZE)
+            if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail):
+                raise UserError(f"{path}: cut off or damaged at byte {end}; fetch it again")
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{path}: not a plain tar ({error}); unpack compression first") from None
+    if entry is not None:
+        yield entry
+
+
+def _checked_name(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
+    """(key, extension) as webdataset splits them: at the first dot of the base name."""
+    name = member.name
+    # a sparse member counts as regular to tarfile, and its bytes are not its content
+    if not (member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.isdir()):
+        raise UserError(f"{path}: {name!r} is a link or a device; shards hold plain files only")
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name or "\\" in name:
+        raise UserError(f"{path}: {name!r} leads out of the shard")
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    extension = extension.lower()
+    if member.isreg() and (
+        not stem or extension.rsplit(".", 1)[-1] not in (*IMAGE_FORMATS, "json", "txt")
+    ):
+        allowed = ", ".join([*IMAGE_FORMATS, "json", "txt"])
+        raise UserError(f"{path}: {name!r}: only {allowed} members are read, nothing else")
+    return f"{folder}/{stem}" if folder else stem, extension

@@ -1,0 +1,103 @@
+"""CSV and TSV: paths, base64, line breaks in fields, lettered options, and damaged records."""
+
+import base64
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_tools.sources import RawSample, Source
+from data_tools.sources.answers import CHOOSE_LETTER
+from data_tools.sources.table import open_source
+from genrecal_ds.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+Reasons = Callable[[Source], list[str]]
+
+
+def write(path: Path, *rows: list[str], encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_golden(
+    pictures: Path, png: Callable[..., bytes], reasons: Reasons, name: str, encoding: str
+) -> None:
+    data = base64.b64encode(png(40)).decode()
+    path = write(
+        pictures / name,
+        ["id", "image", "question", "answer", "answers"],
+        ["a", "a.png", "What,\t\nindeed?", "caf\u00e9", ""],
+        ["b", data, "Inline?", "yes", '["yes", "yeah"]'],
+        [],
+        ["c", f"data:image/png;base64,{data}", 'A "quoted" one?', "no", ""],
+        ["d", "", "Text only?", "yes", ""],
+        encoding=encoding,
+    )
+    source = open_source(str(path))
+    assert reasons(source) == ["a", "b", "c", "d"]
+    a, b, c, d = (row for row in source.rows(0, 4) if isinstance(row, RawSample))
+    assert a.messages[0]["content"][1]["text"] == "What,\t\nindeed?" and a.answers == ["caf\u00e9"]
+    assert a.images == [("png", png(10))]
+    assert b.images == c.images == [("png", png(40))] and b.answers == ["yes", "yeah"]
+    assert c.messages[0]["content"][1]["text"] == 'A "quoted" one?'
+    assert d.images == [] and len(d.messages[0]["content"]) == 1
+
+
+def test_vlmevalkit_layout(pictures: Path) -> None:
+    path = write(
+        pictures / "x.tsv",
+        ["index", "image", "question", "hint", "A", "B", "C", "answer", "category"],
+        ["17", "a.png", "Which?", "Look up.", "one", "two", "", "B", "logic"],
+    )
+    (row,) = open_source(str(path)).rows(0, 1)
+    assert isinstance(row, RawSample)
+    expected = "Look up.\nWhich?\nA. one\nB. two\n" + CHOOSE_LETTER
+    assert row.messages[0]["content"][1]["text"] == expected
+    assert (row.answers, row.kind, row.source_id) == (["B"], "logic", "17")
+
+
+def test_each_trap_has_its_reason(pictures: Path, reasons: Reasons) -> None:
+    header = ["image", "question", "answer", "answers"]
+    bad = {
+        "image_path": ["../secret.png", "/etc/passwd", "out.png", "https://x.org/a.png"],
+        "image_base64": ["data:image/png,abc", "!" * 100],
+        "image_format": [base64.b64encode(b"GIF89a" * 20).decode()],
+        "image_missing": ["gone.png"],
+    }
+    rows = [[value, "q?", "a", ""] for group in bad.values() for value in group]
+    expected = [reason for reason, group in bad.items() for _ in group]
+    rows += [["", " ", "a", ""], ["", "q?", " ", ""], ["", "q?", "a", "{}"], ["", "q?", "a", "["]]
+    rows += [["", "q?", "a"], ["", "q?", "a", "", "more"]]
+    expected += ["question", "answer", "answer", "answer", "columns", "columns"]
+    path = write(pictures / "x.csv", header, *rows)
+    before = csv.field_size_limit()
+    assert reasons(open_source(str(path))) == expected
+    assert csv.field_size_limit() == before
+
+
+def test_picture_of_a_megabyte(pictures: Path) -> None:
+    data = (pictures / "a.png").read_bytes() + bytes(2**20)
+    row = [base64.b64encode(data).decode(), "q?", "a"]
+    path = write(pictures / "x.csv", ["image", "question", "answer"], row)
+    (sample,) = open_source(str(path)).rows(0, 1)
+    assert isinstance(sample, RawSample) and sample.images == [("png", data)]
+
+
+def test_unreadable_tables(pictures: Path) -> None:
+    with pytest.raises(UserError, match="needs columns question and answer, has"):
+        open_source(str(write(pictures / "x.csv", ["prompt", "answer"])))
+    (pictures / "y.csv").write_bytes(b"question,answer\n\xff,x\n")
+    with pytest.raises(UserError, match="save as UTF-8"):
+        open_source(str(pictures / "y.csv"))
+    with pytest.raises(UserError, match=r"no such \.csv or \.tsv"):
+        open_source(str(pictures / "a.png"))
+    path = write(pictures / "z.csv", ["question", "answer"], ["q", "a"])
+    before = open_source(str(path)).digest
+    write(path, ["question", "answer"], ["q", "b"])
+    assert open_source(str(path)).digest != before

@@ -1,0 +1,174 @@
+"""Third-party shards: what is in them is read right, or the shard is refused and nothing runs."""
+
+import gzip
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.build import main
+from data_tools.builder import build as build_shards
+from data_tools.sources import RawSample, Rows, Source
+from data_tools.sources.webdataset import CAPTION_QUESTION, open_source
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.reader import ShardReader
+from genrecal_ds.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+Reasons = Callable[[Source], list[str]]
+Members = list[tuple[str, bytes]]
+
+
+def write(path: Path, members: Members, **headers: Any) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for key, value in headers.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def conversation(question: str) -> bytes:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "a"}]
+    return json.dumps({"id": "own", "conversations": turns}).encode()
+
+
+def test_golden(tmp_path: Path, png: Callable[..., bytes], reasons: Reasons) -> None:
+    members = [
+        ("000/a.jpg", png(1, "JPEG")), ("000/a.txt", b" a caption \n"),
+        ("000/b.json", conversation("<image> one <image> two")),
+        ("000/b.img10.PNG", png(10)), ("000/b.img2.png", png(2)),
+        ("000/c.json", json.dumps({"question": "q?", "answer": "yes"}).encode()),
+        ("000/d.webp", png(3, "WEBP")),
+    ]  # fmt: skip
+    source = open_source(str(write(tmp_path / "x.tar", members)))
+    assert reasons(source) == ["000/a", "own", "000/c", "members"]
+    a, b, c, _ = source.rows(0, 4)
+    assert isinstance(a, RawSample) and isinstance(b, RawSample) and isinstance(c, RawSample)
+    assert a.images == [("jpg", png(1, "JPEG"))]
+    assert a.messages[0]["content"][1]["text"] == CAPTION_QUESTION
+    assert a.messages[1]["content"][0]["text"] == "a caption"
+    assert b.images == [("png", png(2)), ("png", png(10))], "2 comes before 10"
+    assert (c.images, c.answers) == ([], ["yes"])
+
+
+def test_our_own_shards_come_back(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    sample = RawSample([("png", png(1))], messages, "kind", ["a"], "id")
+    build_shards(Rows("s", [sample]), tmp_path / "one", arguments={})
+    command = [str(tmp_path / "one"), "--format", "webdataset", "--out", str(tmp_path / "two")]
+    assert main(command) == 0
+    reader = ShardReader(ShardIndex.load(tmp_path / "two"))
+    read = reader.read(0)
+    assert (read.messages, read.kind, read.answers, read.source_id) == (
+        messages, "kind", ["a"], "id",
+    )  # fmt: skip
+
+
+class Payload:
+    """Unpickling it would create the marker file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize(
+    "extension",
+    ["pyd", "pickle", "pkl", "PYD", "Pickle", "x.pkl", "pyd.gz", "pkl.gz", "npy", "pth", "pt",
+     "ten", "mp", "cbor", "json.gz", "jpg.pyd", ""],
+)  # fmt: skip
+def test_foreign_members_are_refused_and_never_run(
+    tmp_path: Path, png: Callable[..., bytes], extension: str
+) -> None:
+    marker = tmp_path / "marker"
+    payload = pickle.dumps(Payload(marker))
+    data = gzip.compress(payload) if extension.endswith("gz") else payload
+    name = f"a.{extension}" if extension else "a"
+    path = write(tmp_path / "x.tar", [("a.png", png(1)), (name, data)])
+    with pytest.raises(UserError, match=r"x\.tar: 'a.*members are read, nothing else"):
+        open_source(str(path))
+    assert main([str(path), "--format", "webdataset", "--out", str(tmp_path / "out")]) == 2
+    assert not marker.exists() and not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["../../a.png", "/etc/a.png", "x/../../a.png", "a\\b.png"])
+def test_names_that_lead_out(tmp_path: Path, png: Callable[..., bytes], name: str) -> None:
+    path = write(tmp_path / "x.tar", [(name, png(1))])
+    with pytest.raises(UserError, match="leads out of the shard"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
+def test_links_and_devices(tmp_path: Path, kind: bytes) -> None:
+    path = write(tmp_path / "x.tar", [("a.png", b"")], type=kind, linkname="/etc/passwd")
+    with pytest.raises(UserError, match="a link or a device"):
+        open_source(str(path))
+
+
+def test_keys_in_two_places_and_members_twice(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    one, two = ("a.png", png(1)), ("b.png", png(2))
+    path = write(tmp_path / "x.tar", [one, two, ("a.json", b"{}"), ("b.json", b"{}")])
+    with pytest.raises(UserError, match=r"a\.json: key a is in two places"):
+        open_source(str(path))
+    path = write(tmp_path / "y.tar", [one, one])
+    with pytest.raises(UserError, match="comes twice"):
+        open_source(str(path))
+    path = write(tmp_path / "z.tar", [("a.v1.png", png(1)), ("a.v2.png", png(2))])
+    assert len(open_source(str(path))) == 1, "a key ends at the first dot, as in webdataset"
+
+
+def test_every_cut_and_every_damaged_header_is_found(
+    tmp_path: Path, png: Callable[..., bytes]
+) -> None:
+    """Where webdataset ends in silence."""
+    members = [(f"{number}.{end}", png(1) if end == "png" else conversation("<image> q"))
+               for number in range(3) for end in ("png", "json")]  # fmt: skip
+    path = write(tmp_path / "x.tar", members)
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        offsets = [member.offset for member in tar]
+        end = offsets[-1] + 1024
+    for size in (*offsets[1:], offsets[2] + 100, offsets[3] + 600, end, end + 512):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cut off|not a plain tar"):
+            open_source(str(path))
+    for offset in offsets:
+        damaged = bytearray(whole)
+        damaged[offset + 150] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cut off|not a plain tar"):
+            open_source(str(path))
+    for data in (b"", b"<html>", gzip.compress(whole), bytes(10240)[:100]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="not a plain tar|cut off"):
+            open_source(str(path))
+
+
+def test_folder_and_digest(tmp_path: Path, png: Callable[..., bytes], reasons: Reasons) -> None:
+    write(tmp_path / "b.tar", [("2.png", png(2)), ("2.txt", b"two")])
+    write(tmp_path / "a.tar", [("1.png", png(1)), ("1.txt", b"one")])
+    source = open_source(str(tmp_path))
+    assert reasons(source) == ["1", "2"]
+    write(tmp_path / "a.tar", [("1.png", png(1)), ("1.txt", b"ONE")])
+    assert open_source(str(tmp_path)).digest != source.digest
+    (tmp_path / "c.tar").symlink_to(tmp_path / "a.tar")
+    with pytest.raises(UserError, match=r"c\.tar"):
+        open_source(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds no \.tar"):
+        open_source(str(tmp_path / "nowhere"))
