@@ -18,6 +18,7 @@ EVALUATION = ["matplotlib", "scikit-learn"]  # figures; t-SNE of features
 DEMO = ["scikit-learn"]  # its handwritten digits are the demo's pictures
 DEVELOPMENT = [
     "hypothesis",
+    "matplotlib",
     "mypy",
     "pyarrow",
     "pytest",
@@ -43,6 +44,7 @@ setup(
         "deepspeed>=0.19,<0.20",
         "transformers>=5.17,<6",
         "webdataset>=1.0,<2",
+        "jinja2",
         "numpy",
         "pillow",
         "protobuf",

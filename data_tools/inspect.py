@@ -1,33 +1,28 @@
-"""Show a folder of shards in the terminal: shards, kinds, and one decoded sample.
+"""Show a folder of shards: shards, kinds and a decoded sample in the terminal, more as HTML.
 
 Text from the data is printed with control characters escaped, so it cannot steer the terminal.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_tools.build import not_negative, positive
+from data_tools.text import printable
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import BadSample, Sample, ShardReader
 from genrecal_ds.errors import UserError
 
 EXAMPLE = """example:
-  python -m data_tools.inspect shards/train --sample 12
+  python -m data_tools.inspect shards/train --sample 12 --html sheet.html --count 48
 """
 MAX_SHARD_ROWS = 10
-
-
-def printable(text: str) -> str:
-    """The text with everything unprintable (control, bidi, lone surrogates) as an escape."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
 
 
 def overview(index: ShardIndex) -> Table:
@@ -75,6 +70,23 @@ def example(sample: Sample) -> Table:
     return table
 
 
+def write_sheet(index: ShardIndex, first: int, count: int, path: Path) -> None:
+    """A page of `count` samples from `first` on; damaged ones show their reason."""
+    from data_tools.contact_sheet import contact_sheet
+
+    reader = ShardReader(index)
+
+    def samples() -> Iterator[tuple[int, Sample | BadSample]]:
+        for number in range(first, min(first + count, len(index))):
+            try:
+                yield number, reader.read(number)
+            except BadSample as error:
+                yield number, error
+
+    path.write_text(contact_sheet(str(index.directory), samples()), encoding="utf-8")
+    print(f"{path}: samples {first} to {min(first + count, len(index)) - 1}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0, 1 (the sample is bad) or 2 (a user's mistake)."""
     parser = argparse.ArgumentParser(
@@ -84,12 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", metavar="DIR")
-    parser.add_argument("--sample", type=int, default=0, metavar="I", help="number of the example")
+    parser.add_argument("--sample", type=not_negative, default=0, metavar="I", help="the example")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="a contact sheet from sample I on"
+    )
+    parser.add_argument("--count", type=positive, default=24, metavar="N", help="of samples in it")
     args = parser.parse_args(argv)
     try:
         index = ShardIndex.load(args.directory)
-        if not 0 <= args.sample < len(index):
+        if args.sample >= len(index):
             raise UserError(f"--sample {args.sample}: {args.directory} has 0..{len(index) - 1}")
+        if args.html:
+            write_sheet(index, args.sample, args.count, args.html)
         sample = ShardReader(index).read(args.sample)
     except UserError as error:
         print(error, file=sys.stderr)

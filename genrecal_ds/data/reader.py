@@ -24,6 +24,8 @@ MAX_OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 descripto
 # What tarfile and webdataset raise on damaged tars.
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, AssertionError, RuntimeError)
 
+_RANGE_FIELDS = ("shard", "offset", "length", "crc32")
+
 TarStages = tuple[Callable[..., Iterator[Any]], Callable[..., Iterator[dict[str, Any]]]]
 
 
@@ -71,6 +73,7 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
+        self._ranges = index.records[list(_RANGE_FIELDS)]
         self._expand, self._group = tar_stages()  # before a fork, so workers share the import
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor
         self._process = os.getpid()
@@ -80,21 +83,25 @@ class ShardReader:
 
     def read(self, i: int) -> Sample:
         """Sample number i, 0 <= i < len. Raises BadSample, or IndexError (also for -1 slots)."""
-        if not 0 <= i < len(self.index):
-            raise IndexError(f"sample {i} of {len(self.index)}")
-        record = self.index.records[i]
-        shard_number = int(record["shard"])
-        shard = self.index.shards[shard_number]
-        key = "?"
+        data, shard = self._checked_range(i)
         try:
-            data = self._read_range(shard_number, int(record["offset"]), int(record["length"]))
-            key = _header_key(data)
-            if (crc32 := zlib.crc32(data)) != record["crc32"]:
-                raise SampleError("crc32", f"is {crc32:08x}, not {int(record['crc32']):08x}")
-            return self._decode(self._parse(shard, data), int(record["num_images"]))
+            num_images = int(self.index.records["num_images"][i])
+            return self._decode(self._parse(shard, data), num_images)
         except SampleError as error:
-            message = f"{self.index.directory / shard.name}: sample {i}, key {key}: {error}"
-            raise BadSample(message, shard=shard.name, key=key) from error
+            raise self._bad(i, shard, _header_key(data), error) from error
+
+    def members(self, i: int) -> dict[str, bytes]:
+        """Sample number i undecoded: extension -> bytes. Raises as read does."""
+        data, shard = self._checked_range(i)
+        try:
+            parsed = self._parse(shard, data)
+        except SampleError as error:
+            raise self._bad(i, shard, _header_key(data), error) from error
+        return {name: value for name, value in parsed.items() if not name.startswith("__")}
+
+    def tar_bytes(self, i: int) -> bytes:
+        """The tar blocks of sample number i, as they lie in its shard. Raises as read does."""
+        return self._checked_range(i)[0]
 
     def close(self) -> None:
         """Close the descriptors of this process; the next read opens them again."""
@@ -108,6 +115,25 @@ class ShardReader:
         # after a fork the numbers belong to the parent's reader as well: closing our copies is safe
         if getattr(self, "_files", None):
             self.close()
+
+    def _checked_range(self, i: int) -> tuple[bytes, Shard]:
+        if not 0 <= i < len(self.index):
+            raise IndexError(f"sample {i} of {len(self.index)}")
+        # one conversion to Python: single fields of a numpy record cost a microsecond each
+        record = dict(zip(_RANGE_FIELDS, self._ranges[i].item(), strict=True))
+        shard, key = self.index.shards[record["shard"]], "?"
+        try:
+            data = self._read_range(record["shard"], record["offset"], record["length"])
+            key = _header_key(data)
+            if (crc32 := zlib.crc32(data)) != record["crc32"]:
+                raise SampleError("crc32", f"is {crc32:08x}, not {record['crc32']:08x}")
+        except SampleError as error:
+            raise self._bad(i, shard, key, error) from error
+        return data, shard
+
+    def _bad(self, i: int, shard: Shard, key: str, error: SampleError) -> BadSample:
+        message = f"{self.index.directory / shard.name}: sample {i}, key {key}: {error}"
+        return BadSample(message, shard=shard.name, key=key)
 
     def _read_range(self, shard_number: int, offset: int, length: int) -> bytes:
         try:

@@ -1,0 +1,51 @@
+"""Print what identifies folders of shards; with several, whether they hold the same.
+
+fingerprint: of the files; a run resumes only on the same. content: of the samples in their order,
+whatever the size of the shards.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.errors import UserError
+
+EXAMPLE = """example:
+  python -m data_tools.fingerprint shards/train copy/train
+"""
+
+
+def content(index: ShardIndex) -> str:
+    """sha256 hex over length and crc32 of every sample, in order."""
+    pairs = np.stack([index.records["length"], index.records["crc32"].astype(np.int64)])
+    return hashlib.sha256(pairs.astype("<i8").tobytes()).hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code is 0, 1 (folders differ in content) or 2 (a user's mistake)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.fingerprint", description=__doc__, epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("directories", nargs="+", metavar="SHARDS")
+    args = parser.parse_args(argv)
+    contents = set()
+    try:
+        for directory in args.directories:
+            index = ShardIndex.load(directory)
+            contents.add(content(index))
+            print(f"{directory}: {len(index)} samples in {len(index.shards)} shards")
+            print(f"  fingerprint {index.fingerprint}")
+            print(f"  content     {content(index)}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 1 if len(contents) > 1 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
