@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 40_000_000
+MAX_ASPECT = 200  # longer side over shorter; Qwen's processors refuse more
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_RECORD_BYTES = 4 * 2**20
 IMAGE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
@@ -106,7 +107,8 @@ def decode_image(data: bytes, extension: str) -> Image.Image:
     """Decode one picture whole: RGB, EXIF orientation applied, alpha on white, frame 0.
 
     16-bit grey is scaled to 8 bits. The pixel cap is tested on the header, before any pixel
-    is decoded. Raises SampleError (image_format, image_bytes, image_pixels, image_decode).
+    is decoded. Raises SampleError (image_format, image_bytes, image_pixels, image_aspect,
+    image_decode).
     """
     if extension not in IMAGE_FORMATS:
         raise SampleError("image_format", f"{extension!r} is not one of {sorted(IMAGE_FORMATS)}")
@@ -117,6 +119,8 @@ def decode_image(data: bytes, extension: str) -> Image.Image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise SampleError("image_pixels", f"{width}x{height} pixels, limit {MAX_PIXELS}")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise SampleError("image_aspect", f"{width}x{height}, limit 1:{MAX_ASPECT}")
         # Not verify(): only load() notices a truncated picture.
         image.load()
         # exif_transpose always copies, so the result is detached from the file's plug-in

@@ -6,9 +6,14 @@ Map-style: the order is the plan's for any number of workers, so the state to re
 number of the next step.
 """
 
+import atexit
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -109,6 +114,9 @@ def micro_batches(
     dies or hangs raises RuntimeError: never a wait without end, never an epoch that ends early.
     """
     accumulation = plan.global_batch // (micro_batch * world_size)
+    is_closing = multiprocessing.RawValue("b", 0)
+    # Behind an uncaught error this generator is closed only after Python has waited for workers.
+    atexit.register(setattr, is_closing, "value", 1)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -116,12 +124,15 @@ def micro_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
-        worker_init_fn=_ignore_signals if num_workers else None,
+        worker_init_fn=partial(_leave_signals_to_the_rank, is_closing) if num_workers else None,
         persistent_workers=False,
     )
-    batches = iter(loader)
-    for _ in range(first_step, last_step):
-        yield [next(batches) for _ in range(accumulation)]
+    try:
+        batches = iter(loader)
+        for _ in range(first_step, last_step):
+            yield [next(batches) for _ in range(accumulation)]
+    finally:
+        is_closing.value = 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,17 @@ class _StepSlots:
                 yield tuple(int(slot) for slot in slots)
 
 
-def _ignore_signals(worker: int) -> None:
-    """The ranks decide about stopping; a worker that dies first would take the checkpoint along."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+def _leave_signals_to_the_rank(is_closing: Any, worker: int) -> None:
+    """The ranks decide about stopping; a worker that dies first would take the checkpoint along.
+
+    Once the rank is done with them, SIGTERM ends the workers as usual: a hung one that ignored it
+    would keep the rank from ending.
+    """
+
+    def end_if_closing(number: int, frame: Any) -> None:
+        if is_closing.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end_if_closing)
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

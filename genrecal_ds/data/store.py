@@ -19,6 +19,7 @@ from genrecal_ds.errors import UserError
 
 REMOTE_SCHEMES = ("s3", "gs", "hf", "file")  # what a recipe may allow; never a shell, never http
 BLOCK_BYTES = 2**22
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # An allow-list of one (a local path): PIPE:, " pipe:", s3://, hf:// ... all look like this.
 _URL_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
 
@@ -77,7 +78,7 @@ class ShardStore:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(self.directory / ".lock"):
-            self._copy(name, self.directory / name, None)
+            os.close(self._copy(name, self.directory / name, None))
 
     def sizes(self) -> dict[str, int] | None:
         """Bytes of every tar of a remote folder, by one listing; None for a local folder."""
@@ -95,34 +96,26 @@ class ShardStore:
 
     def open(self, name: str, sha256: str) -> int:
         """A descriptor of a shard, from the folder or the cache. Raises OSError or StoreError."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         if self.cache is None:
-            return os.open(self.directory / name, flags)
-        for _ in range(3):
-            path = self._cached(name, sha256)
-            try:
-                return os.open(path, flags)
-            except FileNotFoundError:
-                continue  # another process made room between our look and our open
-        raise StoreError(f"{self.cache}: too small for the shards in use; raise data.cache.max_gib")
-
-    def _cached(self, name: str, sha256: str) -> Path:
-        assert self.cache is not None
+            return os.open(self.directory / name, _READ)
         target = self.cache / f"{sha256}.tar"
         try:
-            os.utime(target)  # its turn to go comes later now
-            return target
+            return _open_used(target)
         except FileNotFoundError:
-            pass
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with _locked(self.cache / f".{sha256}.lock"):
-            if not target.is_file():
-                self._copy(name, target, sha256)
-                self._make_room(target)
-        return target
+            self.cache.mkdir(parents=True, exist_ok=True)
+        with _locked(self.cache / f".lock-{sha256[:2]}"):
+            try:
+                return _open_used(target)  # another rank was faster
+            except FileNotFoundError:
+                descriptor = self._copy(name, target, sha256)
+        self._make_room(target)
+        return descriptor
 
-    def _copy(self, name: str, target: Path, sha256: str | None) -> None:
-        """Copy, verify, rename; a wrong or cut copy never gets the name."""
+    def _copy(self, name: str, target: Path, sha256: str | None) -> int:
+        """Copy, verify, rename; a wrong or cut copy never gets the name. Returns a descriptor.
+
+        It is opened before the rename: behind it another process may already make room.
+        """
         temporary = target.with_name(f".{target.name}.tmp")
         digest = hashlib.sha256()
         try:
@@ -134,7 +127,9 @@ class ShardStore:
                 os.fsync(file.fileno())
             if sha256 is not None and digest.hexdigest() != sha256:
                 raise StoreError(f"{self.location}/{name}: sha256 is not the manifest's {sha256}")
+            descriptor = os.open(temporary, _READ)
             os.replace(temporary, target)
+            return descriptor
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"{self.location}/{name}: {type(error).__name__}: {error}"[:300]
@@ -145,7 +140,7 @@ class ShardStore:
     def _source(self, name: str) -> Any:
         if self.scheme is None:
             path = self.directory / name
-            return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
+            return os.fdopen(os.open(path, _READ), "rb")
         return self._filesystem().open(self._remote(name), "rb")
 
     def _filesystem(self) -> Any:
@@ -177,8 +172,14 @@ class ShardStore:
             if path != keep:
                 # readers that have it open keep their descriptor; the space follows when they end
                 path.unlink(missing_ok=True)
-                (self.cache / f".{path.stem}.lock").unlink(missing_ok=True)
                 total -= size
+
+
+def _open_used(path: Path) -> int:
+    """Open a cached shard; its turn to go comes later now."""
+    descriptor = os.open(path, _READ)
+    os.utime(descriptor)
+    return descriptor
 
 
 @contextmanager

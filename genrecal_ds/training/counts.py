@@ -9,6 +9,8 @@ from genrecal_ds import dist
 from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.errors import UserError
 
+# Samples after which a run that could use none of them is a mistake in the recipe.
+MIN_SEEN = 100
 # A short run may meet a few damaged samples before a rate means anything.
 MIN_UNREADABLE = 10
 
@@ -46,6 +48,9 @@ class SampleCounts:
         for name, value in zip(self.NAMES, values, strict=True):
             self.total[name] += int(value)
         seen, unreadable = self.total["seen"], self.total["unreadable"]
+        if seen >= MIN_SEEN and self.total["unusable"] == seen:
+            reasons = ", ".join(reason for reason, _ in self.reasons.most_common(3))
+            raise UserError(f"none of the first {seen} samples can be used: {reasons}")
         allowed = max(MIN_UNREADABLE, self.max_unreadable * seen) if self.max_unreadable else 0
         if unreadable > allowed:
             raise UserError(
