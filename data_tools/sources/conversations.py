@@ -1,5 +1,6 @@
 """Conversations as people store them -> messages: LLaVA, ShareGPT, chat messages, one question."""
 
+import math
 import re
 from typing import Any
 
@@ -41,30 +42,51 @@ def to_messages(item: dict[str, Any], num_images: int) -> list[dict[str, Any]]:
     raise SampleError("conversations", "neither conversations nor messages nor question")
 
 
+def images_of(item: dict[str, Any]) -> list[Any]:
+    """The item's pictures as they are stored: `image` or `images`, one or a list; null is none.
+
+    Raises SampleError image_count where both keys hold some: one of them would be left out.
+    """
+    found = [value for key in ("image", "images") if (value := item.get(key)) not in (None, [])]
+    if len(found) > 1:
+        raise SampleError("image_count", "both image and images hold pictures")
+    if not found:
+        return []
+    return found[0] if isinstance(found[0], list) else found
+
+
 def answers_of(item: dict[str, Any]) -> list[str]:
     """The accepted answers of a question item: `answers`, else `answer`."""
     answers = item.get("answers") or item.get("answer")
-    answers = [answers] if isinstance(answers, str | int | float) else answers
-    if not isinstance(answers, list) or not answers or isinstance(answers[0], bool | dict | list):
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers or not all(_is_answer(answer) for answer in answers):
         raise SampleError("answer", f"answers: {answers!r:.80}")
     return [str(answer) for answer in answers]
 
 
 def scored_answers(item: dict[str, Any]) -> list[str]:
-    """answers_of, or none where an item is a conversation."""
-    return answers_of(item) if "answers" in item or "answer" in item else []
+    """answers_of, or none where an item has none: a conversation."""
+    has_answers = item.get("answers") or item.get("answer") is not None
+    return answers_of(item) if has_answers else []
 
 
 def kind_of(item: dict[str, Any], default: str) -> str:
     """What the item says it comes from, for counting and scoring by kind."""
-    kind = item.get("data_source") or item.get("source") or item.get("kind")
-    return kind if isinstance(kind, str) else default
+    kinds = (item.get(key) for key in ("data_source", "source", "kind"))
+    return next((kind for kind in kinds if isinstance(kind, str) and kind), default)
 
 
 def id_of(item: dict[str, Any]) -> str:
     """The item's own id, never used as a name: it may repeat or hold anything."""
     value = item.get("id", "")
     return str(value) if isinstance(value, str | int) else ""
+
+
+def _is_answer(value: Any) -> bool:
+    """Text or a number; NaN is how tables say that there is none."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _message(turn: Any, number: int) -> dict[str, Any]:
@@ -77,7 +99,8 @@ def _message(turn: Any, number: int) -> dict[str, Any]:
     if isinstance(value, str):
         return {"role": _ROLES[role], "content": _parts(value)}
     if isinstance(value, list):
-        return {"role": _ROLES[role], "content": [_part(part, number) for part in value]}
+        parts = [part for stored in value for part in _stored_part(stored, number)]
+        return {"role": _ROLES[role], "content": parts}
     raise SampleError("turn", f"turn {number}: {value!r:.40} is neither text nor parts")
 
 
@@ -92,12 +115,13 @@ def _parts(text: str) -> list[dict[str, str]]:
     return parts or [{"type": "text", "text": ""}]
 
 
-def _part(part: Any, number: int) -> dict[str, str]:
+def _stored_part(part: Any, number: int) -> list[dict[str, str]]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
+        # a mark inside a part counts as well: a model's own image token may be spelled like it
+        return _parts(part["text"])
     if kind in ("image", "image_url"):
-        return {"type": "image"}
+        return [{"type": "image"}]
     if kind == "video":
         raise SampleError("video", "video items are not supported")
     raise SampleError("turn", f"turn {number}: part {part!r:.40} is neither text nor image")

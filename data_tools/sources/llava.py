@@ -7,19 +7,25 @@ conversations need megabytes, not gigabytes. An array's text is held while it is
 import json
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_tools.sources import RawSample, RowSource
-from data_tools.sources.conversations import id_of, kind_of, scored_answers, to_messages
+from data_tools.sources.conversations import (
+    id_of,
+    images_of,
+    kind_of,
+    scored_answers,
+    to_messages,
+)
 from data_tools.sources.files import ImageRoot, digest_files
 from genrecal_ds.data.decode import SampleError, parse_json
 from genrecal_ds.errors import UserError
 
 MAX_ROW_BYTES = 2**24
-_SPACE_OR_COMMA = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's; \s has more, of several bytes each
 
 
 def open_source(path: str, *, images: str | None = None) -> "Llava":
@@ -42,7 +48,7 @@ class Llava(RowSource):
         self.images = ImageRoot(images or path.parent)
         self.digest = digest_files([path])
         spans = _line_spans(path) if path.suffix == ".jsonl" else _array_spans(path)
-        self._spans = np.array(list(spans), np.int64).reshape(-1, 2)
+        self._spans = np.fromiter(chain.from_iterable(spans), np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -56,7 +62,7 @@ class Llava(RowSource):
             item = parse_json(file.read(end - start))
         if not isinstance(item, dict):
             raise SampleError("row", f"{item!r:.80} is not an object")
-        pictures = [self.images.read(name) for name in _names(item)]
+        pictures = [self.images.read(name) for name in images_of(item)]
         return RawSample(
             images=pictures,
             messages=to_messages(item, len(pictures)),
@@ -64,13 +70,6 @@ class Llava(RowSource):
             answers=scored_answers(item),
             source_id=id_of(item),
         )
-
-
-def _names(item: dict[str, Any]) -> list[Any]:
-    value = item.get("image", item.get("images"))
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
 
 
 def _line_spans(path: Path) -> Iterator[tuple[int, int]]:
@@ -95,23 +94,45 @@ def _array_spans(path: Path) -> Iterator[tuple[int, int]]:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); convert it") from None
-    opening = re.match(r"\s*\[", text)
-    if opening is None:
-        start = "a byte order mark" if text.startswith("\ufeff") else repr(text[:20])
-        raise UserError(f"{path}: starts with {start}, not with [; one item a line is .jsonl")
+    start = _after_space(text, 0)
+    if not text.startswith("[", start):
+        found = "a byte order mark" if text.startswith("\ufeff") else repr(text[:20])
+        raise UserError(f"{path}: starts with {found}, not with [; one item a line is .jsonl")
     scan = json.JSONDecoder().raw_decode
-    position, offset = opening.end(), len(text[: opening.end()].encode())
+    position = offset = _after_space(text, start + 1)  # only one-byte characters so far
+    if text.startswith("]", position):
+        _require_end(path, text, position + 1)
+        return
     while True:
-        gap = _SPACE_OR_COMMA.match(text, position)
-        assert gap is not None, "the pattern matches the empty string"
-        position, offset = gap.end(), offset + len(gap[0])  # blanks and commas are one byte each
-        if text.startswith("]", position):
-            return
         try:
             _, end = scan(text, position)
         except (ValueError, RecursionError) as error:
-            line = text.count("\n", 0, position) + 1
-            raise UserError(f"{path}: the item at line {line} is not JSON ({error})") from None
+            raise _not_json(path, text, position, str(error)) from None
         length = len(text[position:end].encode())
         yield offset, offset + length
-        position, offset = end, offset + length
+        comma = _after_space(text, end)
+        if text.startswith("]", comma):
+            _require_end(path, text, comma + 1)
+            return
+        if not text.startswith(",", comma):
+            raise _not_json(path, text, comma, "no comma or ] behind an item")
+        position = _after_space(text, comma + 1)
+        offset += length + position - end  # blanks and the comma are one byte each
+
+
+def _after_space(text: str, position: int) -> int:
+    gap = _SPACE.match(text, position)
+    assert gap is not None, "the pattern matches the empty string"
+    return gap.end()
+
+
+def _require_end(path: Path, text: str, position: int) -> None:
+    """Two files pasted together would otherwise lose the second."""
+    position = _after_space(text, position)
+    if position != len(text):
+        raise _not_json(path, text, position, "something follows the array")
+
+
+def _not_json(path: Path, text: str, position: int, what: str) -> UserError:
+    line = text.count("\n", 0, position) + 1
+    return UserError(f"{path}: the item at line {line} is not JSON ({what}); mend the file")

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.sources import RawSample, RowSource, assistant, user
+from data_tools.sources import RawSample, RowSource
 from data_tools.sources.answers import LETTERS, with_options
+from data_tools.sources.conversations import to_messages
 from data_tools.sources.files import ImageRoot, digest_files, with_extension
 from genrecal_ds.data.decode import MAX_IMAGE_BYTES, SampleError
 from genrecal_ds.errors import UserError
@@ -57,26 +58,36 @@ class Table(RowSource):
     def _starts(self) -> list[int]:
         """Byte offset of each record behind the header, and of the end."""
         lines = _Lines(self.path, 0, None)
-        reader = csv.reader(lines, delimiter=self.delimiter)
+        # strict: a quote that is never closed would swallow the rest of the file as one answer
+        reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
         try:
-            header = next(reader, [])
-            self.columns = [name.strip() for name in header]
-            if "question" not in self.columns or not {"answer", "answers"} & set(self.columns):
-                raise UserError(f"{self.path}: needs columns question and answer, has {header}")
+            self.columns = self._checked_header(next(reader, []))
             starts = [lines.offset]
             for record in reader:
                 if record:
                     starts.append(lines.offset)
                 else:
                     starts[-1] = lines.offset  # a blank line belongs to nothing
-        except (UnicodeDecodeError, csv.Error) as error:
+        except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: byte {lines.offset}: {error}; save as UTF-8") from None
+        except csv.Error as error:
+            place = f"the record that ends at line {reader.line_num}"
+            raise UserError(f"{self.path}: {place}: {error}; mend its quotes") from None
         return starts
+
+    def _checked_header(self, header: list[str]) -> list[str]:
+        columns = [name.strip() for name in header]
+        if "question" not in columns or not {"answer", "answers"} & set(columns):
+            raise UserError(f"{self.path}: needs columns question and answer, has {header}")
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise UserError(f"{self.path}: columns {twice} come twice; rename one of each")
+        return columns
 
     def row(self, number: int) -> RawSample:
         start, end = map(int, self._offsets[number : number + 2])
         with _long_fields():
-            record = next(csv.reader(_Lines(self.path, start, end), delimiter=self.delimiter))
+            lines = _Lines(self.path, start, end)
+            record = next(csv.reader(lines, delimiter=self.delimiter, strict=True))
         if len(record) != len(self.columns):
             raise SampleError("columns", f"{len(record)} fields, the header has {self.columns}")
         row = dict(zip(self.columns, record, strict=True))
@@ -85,7 +96,7 @@ class Table(RowSource):
         images = [self._image(picture)] if picture else []
         return RawSample(
             images=images,
-            messages=[user(question, len(images)), assistant(answers[0])],
+            messages=to_messages({"question": question, "answers": answers}, len(images)),
             kind=row.get("kind") or row.get("category") or self.name,
             answers=answers,
             source_id=row.get("id") or row.get("index") or "",
@@ -94,8 +105,8 @@ class Table(RowSource):
     def _image(self, value: str) -> tuple[str, bytes]:
         if value.startswith("data:"):
             head, _, body = value.partition(",")
-            if not head.endswith(";base64"):
-                raise SampleError("image_base64", f"{head!r:.60} is not base64")
+            if not (head.startswith("data:image/") and head.endswith(";base64")):
+                raise SampleError("image_base64", f"{head!r:.60} is not data:image/...;base64")
             return _decoded(body)
         if "://" in value[:16]:
             raise SampleError("image_path", f"{value!r:.80}: nothing is fetched from a URL")
@@ -143,13 +154,25 @@ def _decoded(text: str) -> tuple[str, bytes]:
 
 
 def _question(row: dict[str, str]) -> str:
+    """With hint and options. Raises SampleError question, options."""
     question = row["question"].strip()
     if not question:
         raise SampleError("question", "the question is empty")
     if hint := row.get("hint", "").strip():
         question = f"{hint}\n{question}"
-    options = [row[letter].strip() for letter in LETTERS if row.get(letter, "").strip()]
+    options = _options(row)
+    if not all(options):
+        # closing the gap would give the later options other letters than the answer means
+        raise SampleError("options", f"option {LETTERS[options.index('')]} is empty")
     return with_options(question, options) if options else question
+
+
+def _options(row: dict[str, str]) -> list[str]:
+    """A, B, C, ... up to the last one that is not empty."""
+    options = [row.get(letter, "").strip() for letter in LETTERS]
+    while options and not options[-1]:
+        options.pop()
+    return options
 
 
 def _answers(row: dict[str, str]) -> list[str]:
@@ -166,4 +189,7 @@ def _answers(row: dict[str, str]) -> list[str]:
         or not all(isinstance(answer, str) and answer.strip() for answer in answers)
     ):
         raise SampleError("answer", f"{answers!r:.80}")
+    letters = LETTERS[: len(_options(row))]
+    if letters and not all(answer in letters for answer in answers):
+        raise SampleError("answer", f"{answers!r:.80}: the options are {letters}")
     return answers

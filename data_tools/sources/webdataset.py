@@ -7,10 +7,12 @@ shard with anything unexpected in it is refused by name, nothing is unpacked and
 import hashlib
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from data_tools.sources import RawSample, RowSource, assistant, user
 from data_tools.sources.conversations import id_of, kind_of, scored_answers, to_messages
@@ -27,13 +29,16 @@ from genrecal_ds.data.index import file_sha256
 from genrecal_ds.errors import UserError
 
 CAPTION_QUESTION = "Describe the image."
+# 0.jpg, img1.jpg: more pictures of a key. Anything else (seg.png, meta.json) would be guessed at.
+_EXTENSION = re.compile(rf"json|txt|([a-z_-]*[0-9]+\.)?({'|'.join(IMAGE_FORMATS)})")
 
 
 def open_source(path: str) -> "Webdataset":
     """path: a .tar, or a folder of them. Members: pictures, and a json or a txt (caption) a key.
 
     Raises UserError for a shard that is compressed, cut off, or holds a link, a device, another
-    extension, a name that leads elsewhere, a key in two places or a member twice.
+    extension, a name that leads elsewhere, a key in two places or a member twice. Pictures of a
+    key are its jpg, png, ... or numbered ones (0.jpg, img1.jpg), in natural order.
     """
     return Webdataset(Path(path))
 
@@ -103,11 +108,26 @@ def _read(entry: _Entry, extension: str, limit: int) -> bytes:
     offset, size = entry.members[extension]
     if size > limit:
         raise SampleError("member_bytes", f"{entry.key}.{extension}: {size} bytes, limit {limit}")
-    descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = _open(entry.path)
     try:
-        return os.pread(descriptor, size, offset)
+        data = os.pread(descriptor, size, offset)
     finally:
         os.close(descriptor)
+    if len(data) != size:
+        raise UserError(f"{entry.path}: shorter than when it was opened; build it again")
+    return data
+
+
+def _open(path: Path) -> int:
+    """A descriptor of a regular file; a FIFO would block for ever, a link could lead anywhere."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; shards are files, not links") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: not a regular file; shards are files")
+    return descriptor
 
 
 def _natural(name: str) -> tuple[int | str, ...]:
@@ -119,8 +139,7 @@ def _scan(path: Path) -> Iterator[_Entry]:
     """The shard's keys, from its headers alone. Raises UserError naming shard and member."""
     entry, seen, end = None, set(), 0
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        with os.fdopen(descriptor, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with os.fdopen(_open(path), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, extension = _checked_name(path, member)
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -128,7 +147,7 @@ def _scan(path: Path) -> Iterator[_Entry]:
                     continue
                 if entry is None or key != entry.key:
                     if key in seen:
-                        raise UserError(f"{path}: {member.name}: key {key} is in two places")
+                        raise UserError(f"{path}: {member.name!r}: key {key!r} is in two places")
                     seen.add(key)
                     if entry is not None:
                         yield entry
@@ -136,31 +155,43 @@ def _scan(path: Path) -> Iterator[_Entry]:
                 if extension in entry.members:
                     raise UserError(f"{path}: {member.name!r}: comes twice")
                 entry.members[extension] = (member.offset_data, member.size)
-            # tarfile takes damage between members for the end; a whole tar ends in zero blocks
-            file.seek(end)
-            tail = file.read(2 * tarfile.BLOCKSIZE)
-            if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail):
-                raise UserError(f"{path}: cut off or damaged at byte {end}; fetch it again")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+            _require_tail(path, file, end)
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a plain tar ({error}); unpack compression first") from None
     if entry is not None:
         yield entry
+
+
+def _require_tail(path: Path, file: IO[bytes], end: int) -> None:
+    """A whole tar ends in two zero blocks, and zeros are all that follows.
+
+    tarfile takes damage between members for the end, and stops before a tar that was appended.
+    """
+    file.seek(end)
+    length = 0
+    while block := file.read(2**20):
+        if block.count(0) != len(block):
+            raise UserError(f"{path}: cut off, damaged or continued at byte {end}; fetch it again")
+        length += len(block)
+    if length < 2 * tarfile.BLOCKSIZE:
+        raise UserError(f"{path}: cut off at byte {end}; fetch it again")
 
 
 def _checked_name(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
     """(key, extension) as webdataset splits them: at the first dot of the base name."""
     name = member.name
     # a sparse member counts as regular to tarfile, and its bytes are not its content
-    if not (member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.isdir()):
+    is_plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if not (is_plain or member.isdir()):
         raise UserError(f"{path}: {name!r} is a link or a device; shards hold plain files only")
+    if member.size < 0:
+        raise UserError(f"{path}: {name!r}: a size of {member.size}; fetch it again")
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or "\\" in name:
         raise UserError(f"{path}: {name!r} leads out of the shard")
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     extension = extension.lower()
-    if member.isreg() and (
-        not stem or extension.rsplit(".", 1)[-1] not in (*IMAGE_FORMATS, "json", "txt")
-    ):
+    if member.isreg() and (not stem or not _EXTENSION.fullmatch(extension)):
         allowed = ", ".join([*IMAGE_FORMATS, "json", "txt"])
         raise UserError(f"{path}: {name!r}: only {allowed} members are read, nothing else")
     return f"{folder}/{stem}" if folder else stem, extension

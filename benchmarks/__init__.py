@@ -1,0 +1,1 @@
+"""Measurements, side by side in one run; correctness is the tests' business, never a timing."""
