@@ -53,26 +53,6 @@ def import_streaming() -> Any | None:
     return streaming
 
 
-class Packed:
-    """Members of several samples in one tensor, which crosses to the main process unpickled."""
-
-    def __init__(self, samples: Sequence[Members]) -> None:
-        pieces = [value for sample in samples for value in sample.values()]
-        self.names = [list(sample) for sample in samples]
-        self.ends = np.cumsum([len(piece) for piece in pieces])
-        self.data = torch.frombuffer(bytearray().join(pieces), dtype=torch.uint8)
-
-    def __iter__(self) -> Iterator[Members]:
-        view, start, number = memoryview(self.data.numpy()), 0, 0
-        for names in self.names:
-            sample = {}
-            for name in names:
-                end = int(self.ends[number])
-                sample[name] = view[start:end]
-                start, number = end, number + 1
-            yield sample  # type: ignore[misc]
-
-
 class OurBatches(Dataset):
     """Item = the samples of one batch of numbers."""
 
@@ -83,10 +63,8 @@ class OurBatches(Dataset):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> Any:
-        samples = [self.reader.members(i) for i in self.batches[number]]
-        if self.prepare is None:
-            return Packed(samples)
-        return [self.prepare(sample) for sample in samples]
+        samples = self.reader.members_many(self.batches[number])
+        return [self.prepare(sample) for sample in samples] if self.prepare else samples
 
 
 @dataclass
@@ -106,12 +84,12 @@ class Ours:
         order = np.arange(len(index))
         if self.is_random:
             order = np.random.default_rng(0).permutation(order)
-        if num_workers == 0:
-            for i in order:
-                members = reader.members(int(i))
-                yield prepare(members) if prepare else members
-            return
         batches = [order[first : first + BATCH].tolist() for first in range(0, len(order), BATCH)]
+        if num_workers == 0:
+            for batch in batches:
+                for members in reader.members_many(batch):
+                    yield prepare(members) if prepare else members
+            return
         loader = DataLoader(
             OurBatches(reader, batches, prepare), batch_size=None, num_workers=num_workers
         )

@@ -47,11 +47,14 @@ from genrecal_ds.data.reader import ShardReader
 Contestant = Ours | Webdataset | Streaming
 
 
+NUM_PICTURES = 256  # different ones; a sample count above it shows them again
+
+
 def make_samples(count: int) -> Rows:
     """Photograph-like JPEGs of 30 to 120 kB with a question and an answer of a few lines."""
     rng = np.random.default_rng(0)
-    samples = []
-    for number in range(count):
+    pictures = []
+    for _ in range(min(count, NUM_PICTURES)):
         width, height = (int(side) for side in rng.integers((336, 336), (641, 481)))
         coarse = rng.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
         smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -59,9 +62,13 @@ def make_samples(count: int) -> Rows:
         pixels = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
+        pictures.append(buffer.getvalue())
+    samples = []
+    for number in range(count):
         text = " ".join(f"what digit is in row {value} ?" for value in rng.integers(0, 9, 6))
         messages = [user(text, 1), assistant(f"it is {number % 10} " * 12)]
-        samples.append(RawSample([("jpg", buffer.getvalue())], messages, "photo", [], ""))
+        picture = ("jpg", pictures[number % len(pictures)])
+        samples.append(RawSample([picture], messages, "photo", [], ""))
     return Rows("bench", samples)
 
 
@@ -262,9 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.loader", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=2048, help="of the raw cases")
-    parser.add_argument("--decoded", type=int, default=128, help="of the cases with decoding")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--samples", type=int, default=8192, help="of the raw cases")
+    parser.add_argument("--decoded", type=int, default=256, help="of the cases with decoding")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="the numbers as JSON")
     args = parser.parse_args(argv)
     result = run(args.samples, args.decoded, args.rounds)

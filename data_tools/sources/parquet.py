@@ -1,21 +1,30 @@
 """Parquet files and Hugging Face `save_to_disk` folders, streamed by pyarrow.
 
-Pictures are read a few rows at a time: a row group of many gigabytes is never held whole. Only
-plain Arrow types are read; a path without bytes is never opened, a URL never fetched.
+Files are memory-mapped and read a few rows at a time: a row group of many gigabytes is never held
+whole. What is held is the page in use where pages are compressed; pyarrow writes up to 1024 rows a
+page. Only plain Arrow types are read; a path without bytes is never opened, a URL never fetched.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_tools.sources import RawSample
-from data_tools.sources.conversations import id_of, kind_of, scored_answers, to_messages
+from data_tools.sources.conversations import (
+    id_of,
+    images_of,
+    kind_of,
+    scored_answers,
+    to_messages,
+)
 from data_tools.sources.files import read_json, with_extension
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
 
 BATCH_ROWS = 16
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 COLUMNS = (
     "id", "image", "images", "conversations", "messages", "question", "answer", "answers",
     "data_source", "source", "kind",
@@ -31,43 +40,79 @@ def open_source(path: str, *, split: str | None = None) -> "Parquet":
     return Parquet(Path(path), split)
 
 
+class Facts(NamedTuple):
+    """What the head and foot of one file say."""
+
+    num_rows: int
+    columns: list[str]
+    stamp: bytes  # the parquet footer, or the Arrow schema
+
+
+class Layout(NamedTuple):
+    """How one kind of file is read: its facts, and its rows [low, high)."""
+
+    facts: Callable[[Path], Facts]
+    rows: Callable[[Path, int, int], Iterator[dict[str, Any] | SampleError]]
+
+
 class Parquet:
-    """Rows are the files' rows, files by name (or in state.json's order)."""
+    """Rows are the files' rows, files by name (or in state.json's order).
+
+    digest covers the files' names, sizes and footers (Arrow: schemas and row counts), not every
+    byte: pictures may be hundreds of gigabytes. A footer holds each column chunk's place and
+    size; bytes changed inside a chunk and nowhere else go unseen.
+    """
 
     name = "parquet"
 
     def __init__(self, path: Path, split: str | None) -> None:
-        files, facts_of = _files(path, split)
-        self._files = [(file, *facts_of(file)) for file in files]  # (path, rows, columns)
-        names = {column for _, _, schema in self._files for column in schema}
-        if not {"conversations", "messages", "question"} & names:
+        files, self._layout = _files(path, split)
+        self._files = [(file, self._layout.facts(file)) for file in files]
+        columns = {name for _, facts in self._files for name in facts.columns}
+        if not {"conversations", "messages", "question"} & columns:
             raise UserError(
-                f"{path}: needs a column conversations, messages or question; has {sorted(names)}"
+                f"{path}: needs a column conversations, messages or question; has {sorted(columns)}"
             )
-        # pictures may be hundreds of gigabytes: sizes and schemas stand for the content
-        facts = [(file.name, file.stat().st_size, rows, *s) for file, rows, s in self._files]
-        self.digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for file, facts in self._files:
+            identity = (file.name, file.stat().st_size, facts.num_rows, len(facts.stamp))
+            digest.update(repr(identity).encode() + facts.stamp)
+        self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
-        return sum(rows for _, rows, _ in self._files)
+        return sum(facts.num_rows for _, facts in self._files)
 
     def rows(self, start: int, stop: int) -> Iterator[RawSample | SampleError]:
         first = 0
-        for file, num_rows, _ in self._files:
-            low, high = max(start - first, 0), min(stop - first, num_rows)
+        for file, facts in self._files:
+            low, high = max(start - first, 0), min(stop - first, facts.num_rows)
             if low < high:
-                read = _parquet_rows if file.suffix == ".parquet" else _arrow_rows
-                for item in read(file, low, high):
-                    try:
-                        yield _sample(item)
-                    except SampleError as error:
-                        yield error
-            first += num_rows
+                yield from self._rows_of(file, low, high)
+            first += facts.num_rows
+
+    def _rows_of(self, file: Path, low: int, high: int) -> Iterator[RawSample | SampleError]:
+        num_rows = 0
+        try:
+            for item in self._layout.rows(file, low, high):
+                num_rows += 1
+                try:
+                    yield item if isinstance(item, SampleError) else _sample(item)
+                except SampleError as error:
+                    yield error
+        except (_arrow().ArrowException, OSError, UnicodeDecodeError) as error:
+            # a broken page ends the file: how many rows it held is unknown
+            raise UserError(f"{file}: damaged: {_one_line(error)}; fetch it again") from None
+        if num_rows != high - low:
+            raise UserError(f"{file}: damaged: fewer rows than its footer says; fetch it again")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _sample(item: dict[str, Any]) -> RawSample:
     item = {key: value for key, value in item.items() if value is not None}
-    pictures = [_picture(value) for value in _values(item)]
+    pictures = [_picture(value) for value in images_of(item)]
     return RawSample(
         images=pictures,
         messages=to_messages(item, len(pictures)),
@@ -75,13 +120,6 @@ def _sample(item: dict[str, Any]) -> RawSample:
         answers=scored_answers(item),
         source_id=id_of(item),
     )
-
-
-def _values(item: dict[str, Any]) -> list[Any]:
-    value = item.get("image", item.get("images"))
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
 
 
 def _picture(value: Any) -> tuple[str, bytes]:
@@ -104,43 +142,63 @@ def _arrow() -> Any:
     return pyarrow
 
 
-Facts = tuple[int, list[str]]  # number of rows, and of columns the names
-
-
-def _files(path: Path, split: str | None) -> tuple[list[Path], Callable[[Path], Facts]]:
-    """The data files in order, and how to read one's facts."""
+def _files(path: Path, split: str | None) -> tuple[list[Path], Layout]:
+    """The data files in order, and how to read them."""
     if (path / "dataset_dict.json").is_file():
-        splits = read_json(path / "dataset_dict.json").get("splits", [])
+        splits = [str(name) for name in _listed(path / "dataset_dict.json", "splits")]
         if split not in splits:
             raise UserError(f"{path}: a DatasetDict; choose --split of {', '.join(splits)}")
-        path = path / str(split)
+        path = path / _plain_name(path, str(split))
     elif split is not None:
         raise UserError(f"--split {split}: {path} is no DatasetDict; leave --split out")
     if (path / "state.json").is_file():
-        listed = read_json(path / "state.json").get("_data_files", [])
-        files = [path / Path(str(entry.get("filename"))).name for entry in listed]
-        read = _arrow_facts
+        entries = _listed(path / "state.json", "_data_files")
+        names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+        files = [path / _plain_name(path, name) for name in names]
+        layout = Layout(_arrow_facts, _arrow_rows)
     else:
         files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-        read = _parquet_facts
+        layout = Layout(_parquet_facts, _parquet_rows)
     if not files or not all(file.is_file() for file in files):
         missing = [file.name for file in files if not file.is_file()] or "any .parquet file"
         raise UserError(f"{path}: lacks {missing}; name a .parquet file or a folder of them")
-    return files, read
+    return files, layout
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    content = read_json(path)
+    values = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(values, list):
+        raise UserError(f"{path}: has no list {key}; save the dataset again")
+    if content.get("_indices_data_files"):
+        # rows of the files would be another selection, in another order, than the dataset's
+        raise UserError(f"{path}: holds _indices_data_files; flatten_indices() and save again")
+    return values
+
+
+def _plain_name(folder: Path, name: Any) -> str:
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise UserError(f"{folder}: {name!r:.80} is not a name inside it; save the dataset again")
+    return name
 
 
 def _parquet_facts(path: Path) -> Facts:
     arrow = _arrow()
     try:
         metadata = arrow.parquet.read_metadata(path)
-        return metadata.num_rows, metadata.schema.to_arrow_schema().names
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a parquet file: {error}") from None
+        columns = metadata.schema.to_arrow_schema().names
+        with path.open("rb") as file:
+            file.seek(-(metadata.serialized_size + 8), os.SEEK_END)
+            return Facts(metadata.num_rows, columns, file.read())
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a parquet file: {_one_line(error)}; fetch it again") from None
 
 
-def _parquet_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any] | SampleError]:
     arrow = _arrow()
-    with arrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+    # not mapped, a whole column chunk is read at once, which is a row group's pictures; with
+    # buffer_size, mapped or not, still a whole page of them
+    with arrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
         columns = [name for name in file.schema_arrow.names if name in COLUMNS]
         groups: list[int] = []
         first = skip = 0
@@ -154,20 +212,34 @@ def _parquet_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any]]:
         yield from _wanted(batches, skip, high - low)
 
 
+def _open_stream(source: Any) -> Any:
+    # its threads would not survive the fork into the build's workers
+    ipc = _arrow().ipc
+    return ipc.open_stream(source, options=ipc.IpcReadOptions(use_threads=False))
+
+
 def _arrow_facts(path: Path) -> Facts:
     arrow = _arrow()
     try:
-        with arrow.memory_map(str(path)) as source, arrow.ipc.open_stream(source) as stream:
-            names = stream.schema.names
-            return sum(batch.num_rows for batch in stream), names
-    except (arrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not an Arrow stream: {error}") from None
+        with path.open("rb") as file:
+            file.seek(-len(_STREAM_END), os.SEEK_END)
+            has_end = file.read() == _STREAM_END
+        with arrow.memory_map(str(path)) as source, _open_stream(source) as stream:
+            stamp, columns = stream.schema.serialize().to_pybytes(), stream.schema.names
+            num_rows = sum(batch.num_rows for batch in stream)
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: not an Arrow stream: {_one_line(error)}; fetch it again"
+        ) from None
+    if not has_end:
+        # pyarrow takes a stream cut between two batches for a whole one
+        raise UserError(f"{path}: cut off: no end-of-stream mark; fetch or save it again")
+    return Facts(num_rows, columns, stamp)
 
 
-def _arrow_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any]]:
+def _arrow_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any] | SampleError]:
     """A memory-mapped stream: passing over a batch touches its header only."""
-    arrow = _arrow()
-    with arrow.memory_map(str(path)) as source, arrow.ipc.open_stream(source) as stream:
+    with _arrow().memory_map(str(path)) as source, _open_stream(source) as stream:
         columns = [name for name in stream.schema.names if name in COLUMNS]
         small = (
             batch.select(columns).slice(first, BATCH_ROWS)
@@ -177,14 +249,25 @@ def _arrow_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any]]:
         yield from _wanted(small, low, high - low)
 
 
-def _wanted(batches: Any, skip: int, count: int) -> Iterator[dict[str, Any]]:
+def _wanted(batches: Any, skip: int, count: int) -> Iterator[dict[str, Any] | SampleError]:
     """`count` rows as dicts, after passing over `skip`."""
     for batch in batches:
         if skip >= batch.num_rows:
             skip -= batch.num_rows
             continue
-        rows = batch.slice(skip, count).to_pylist()
-        yield from rows
-        skip, count = 0, count - len(rows)
+        rows = batch.slice(skip, count)
+        yield from _dicts(rows)
+        skip, count = 0, count - rows.num_rows
         if count == 0:
             return
+
+
+def _dicts(batch: Any) -> list[dict[str, Any] | SampleError]:
+    """Checked first: offsets are another's data, and Python would follow them anywhere."""
+    try:
+        batch.validate(full=True)
+        return batch.to_pylist()
+    except (_arrow().ArrowException, UnicodeDecodeError) as error:
+        if batch.num_rows == 1:
+            return [SampleError("arrow_data", _one_line(error))]
+        return [row for number in range(batch.num_rows) for row in _dicts(batch.slice(number, 1))]

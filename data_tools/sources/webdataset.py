@@ -183,7 +183,7 @@ def _checked_name(path: Path, member: tarfile.TarInfo) -> tuple[str, str]:
     # a sparse member counts as regular to tarfile, and its bytes are not its content
     is_plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
     if not (is_plain or member.isdir()):
-        raise UserError(f"{path}: {name!r} is a link or a device; shards hold plain files only")
+        raise UserError(f"{path}: {name!r} is sparse, a link or a device; use plain files")
     if member.size < 0:
         raise UserError(f"{path}: {name!r}: a size of {member.size}; fetch it again")
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or "\\" in name:

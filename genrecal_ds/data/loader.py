@@ -77,9 +77,11 @@ class PairDataset(Dataset):
         """
         real = tuple(slot for slot in slots if slot != PADDING)
         pairs, unusable, unreadable = [], [], []
-        for slot in real:
+        for slot, sample in zip(real, self.reader.read_many(real), strict=True):
+            if isinstance(sample, BadSample):
+                unreadable.append(str(sample))
+                continue
             try:
-                sample = self.reader.read(slot)
                 pairs.append(self.encoders.encode(sample.messages, sample.images))
             except TooLong as error:
                 raise UserError(
@@ -88,8 +90,6 @@ class PairDataset(Dataset):
                 ) from None
             except Unusable as error:
                 unusable.append(str(error))
-            except BadSample as error:
-                unreadable.append(str(error))
         batch = collate(pairs, self.placeholder, self.encoders.vision_rules, self.with_regular)
         return batch._replace(
             sample_ids=real, unusable=tuple(unusable), unreadable=tuple(unreadable)
@@ -131,6 +131,8 @@ def micro_batches(
         batches = iter(loader)
         for _ in range(first_step, last_step):
             yield [next(batches) for _ in range(accumulation)]
+    except (EOFError, ConnectionError) as error:  # how a worker's end may show first
+        raise RuntimeError("a data worker ended in the middle of a batch") from error
     finally:
         is_closing.value = 1
 

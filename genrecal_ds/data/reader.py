@@ -9,7 +9,7 @@ import os
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,21 +83,39 @@ class ShardReader:
 
     def read(self, i: int) -> Sample:
         """Sample number i, 0 <= i < len. Raises BadSample, or IndexError (also for -1 slots)."""
-        data, shard = self._checked_range(i)
-        try:
-            num_images = int(self.index.records["num_images"][i])
-            return self._decode(self._parse(shard, data), num_images)
-        except SampleError as error:
-            raise self._bad(i, shard, _header_key(data), error) from error
+        (found,) = self.read_many([i])
+        if isinstance(found, BadSample):
+            raise found
+        return found
+
+    def read_many(self, numbers: Sequence[int]) -> list["Sample | BadSample"]:
+        """The samples of these numbers, in their order; a bad one as its BadSample."""
+        found: list[Sample | BadSample] = []
+        for i, parsed in zip(numbers, self._parse_many(numbers), strict=True):
+            if isinstance(parsed, BadSample):
+                found.append(parsed)
+                continue
+            try:
+                found.append(self._decode(parsed, int(self.index.records["num_images"][i])))
+            except SampleError as error:
+                found.append(self._bad(i, self._shard(i), parsed["__key__"], error))
+        return found
 
     def members(self, i: int) -> dict[str, bytes]:
         """Sample number i undecoded: extension -> bytes. Raises as read does."""
-        data, shard = self._checked_range(i)
-        try:
-            parsed = self._parse(shard, data)
-        except SampleError as error:
-            raise self._bad(i, shard, _header_key(data), error) from error
-        return {name: value for name, value in parsed.items() if not name.startswith("__")}
+        (found,) = self.members_many([i])
+        if isinstance(found, BadSample):
+            raise found
+        return found
+
+    def members_many(self, numbers: Sequence[int]) -> list["dict[str, bytes] | BadSample"]:
+        """The undecoded samples of these numbers, in their order."""
+        return [
+            parsed
+            if isinstance(parsed, BadSample)
+            else {name: value for name, value in parsed.items() if not name.startswith("__")}
+            for parsed in self._parse_many(numbers)
+        ]
 
     def tar_bytes(self, i: int) -> bytes:
         """The tar blocks of sample number i, as they lie in its shard. Raises as read does."""
@@ -120,16 +138,59 @@ class ShardReader:
         if not 0 <= i < len(self.index):
             raise IndexError(f"sample {i} of {len(self.index)}")
         # one conversion to Python: single fields of a numpy record cost a microsecond each
-        record = dict(zip(_RANGE_FIELDS, self._ranges[i].item(), strict=True))
-        shard, key = self.index.shards[record["shard"]], "?"
+        number, offset, length, crc32 = self._ranges[i].item()
+        shard, data = self.index.shards[number], b""
         try:
-            data = self._read_range(record["shard"], record["offset"], record["length"])
-            key = _header_key(data)
-            if (crc32 := zlib.crc32(data)) != record["crc32"]:
-                raise SampleError("crc32", f"is {crc32:08x}, not {record['crc32']:08x}")
+            data = self._read_range(number, offset, length)
+            if (found := zlib.crc32(data)) != crc32:
+                raise SampleError("crc32", f"is {found:08x}, not {crc32:08x}")
         except SampleError as error:
-            raise self._bad(i, shard, key, error) from error
+            raise self._bad(i, shard, _header_key(data) or "?", error) from error
         return data, shard
+
+    def _shard(self, i: int) -> Shard:
+        return self.index.shards[int(self.index.records["shard"][i])]
+
+    def _parse_many(self, numbers: Sequence[int]) -> list["dict[str, Any] | BadSample"]:
+        """Ranges of whole samples, one behind the other, are a tar: they are parsed as one.
+
+        A parser for every sample would cost as much as reading it. Where the joint result is not
+        one sample per range, each range is parsed alone, so that the right one is blamed.
+        """
+        ranges: list[tuple[int, Shard, bytes] | BadSample] = []
+        for i in numbers:
+            try:
+                data, shard = self._checked_range(i)
+                ranges.append((i, shard, data))
+            except BadSample as error:
+                ranges.append(error)
+        sound = [item for item in ranges if not isinstance(item, BadSample)]
+        joint: Iterator[dict[str, Any]] = iter(())
+        if len(sound) > 1:
+            joint = iter(self._parse_joint([data for _, _, data in sound]))
+        parsed: list[dict[str, Any] | BadSample] = []
+        for item in ranges:
+            if isinstance(item, BadSample):
+                parsed.append(item)
+                continue
+            i, shard, data = item
+            try:
+                parsed.append(next(joint, None) or self._parse(shard, data))
+            except SampleError as error:
+                parsed.append(self._bad(i, shard, _header_key(data), error))
+        return parsed
+
+    def _parse_joint(self, ranges: list[bytes]) -> list[dict[str, Any]]:
+        """One parsed sample per range, or none at all where that is in doubt."""
+        if not all(data[257:262] == b"ustar" for data in ranges):
+            return []
+        try:
+            files = self._expand([{"url": "", "stream": _Chain(ranges)}])
+            samples = list(self._group(files))
+        except TAR_ERRORS:
+            return []
+        keys = [_header_key(data) for data in ranges]
+        return samples if [sample["__key__"] for sample in samples] == keys else []
 
     def _bad(self, i: int, shard: Shard, key: str, error: SampleError) -> BadSample:
         message = f"{self.index.directory / shard.name}: sample {i}, key {key}: {error}"
@@ -191,6 +252,22 @@ class ShardReader:
             images.append(decode_image(members[name], name.split(".", 1)[1]))
         key = members["__key__"]
         return Sample(key, images, record.messages, record.kind, record.answers, record.source_id)
+
+
+class _Chain:
+    """Byte ranges as one stream, without a joint copy of them."""
+
+    def __init__(self, ranges: Sequence[bytes]) -> None:
+        self._ranges = iter(ranges)
+        self._data, self._position = b"", 0
+
+    def read(self, size: int) -> bytes:
+        """Up to size bytes, never across a range's end; b"" behind the last."""
+        if self._position == len(self._data):
+            self._data, self._position = next(self._ranges, b""), 0
+        start = self._position
+        self._position = min(start + size, len(self._data))
+        return self._data[start : self._position]
 
 
 def _header_key(data: bytes) -> str:

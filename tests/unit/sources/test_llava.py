@@ -1,6 +1,7 @@
 """LLaVA and ShareGPT files: every style, every trap, and rows found without holding the file."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ def test_each_trap_has_its_reason(pictures: Path, reasons: Reasons) -> None:
             item(0, "<image> <image>"),
             item(0, image=None),
             item(0, image=["a.png", "a.png"]),
+            item(0, "no mark", image=None, images=["a.png"]),
+            item(0, images=["a.png"]),
+            {"image": "a.png", "messages": [{"role": "user", "content": [IMAGE, text("<image>")]}]},
         ],
         "image_path": [
             item(0, image="../secret.png"),
@@ -98,11 +102,62 @@ def test_each_trap_has_its_reason(pictures: Path, reasons: Reasons) -> None:
         "turn": [item(0, conversations=["x"]), item(0, conversations=[{"from": "gpt"}])],
         "field": [item(0, conversations="x")],
         "conversations": [{"id": 0}],
+        "answer": [
+            {"question": "q", "answers": ["a", {"answer": "b"}]},
+            {"question": "q", "answer": True},
+            {"question": "q"},
+        ],
         "row": [[1], None],
     }
     rows = [row for group in bad.values() for row in group]
     expected = [reason for reason, group in bad.items() for _ in group]
     assert reasons(open_source(str(write(pictures, rows, lines=True)))) == expected
+
+
+def test_answers_and_kinds_that_are_not_there(pictures: Path) -> None:
+    rows = [
+        item(0, "q", image=None, answer=None, data_source="", kind=""),
+        {"question": "q", "answer": 0, "source": "sums", "image": [], "images": None},
+    ]
+    first, second = open_source(str(write(pictures, rows, lines=False))).rows(0, 2)
+    assert isinstance(first, RawSample) and isinstance(second, RawSample)
+    assert (first.answers, first.kind) == ([], "llava"), "a conversation needs no answer"
+    assert (second.answers, second.kind, second.images) == (["0"], "sums", [])
+
+
+def test_a_mark_inside_a_part_is_a_picture(pictures: Path) -> None:
+    turns = [
+        {"role": "user", "content": [text("<image>\nWho?")]},
+        {"role": "assistant", "content": "Me."},
+    ]
+    path = write(pictures, [{"image": "a.png", "messages": turns}], lines=True)
+    (row,) = open_source(str(path)).rows(0, 1)
+    assert isinstance(row, RawSample)
+    assert row.messages[0]["content"] == [IMAGE, text("Who?")]
+
+
+def test_places_in_an_array_are_bytes(pictures: Path, reasons: Reasons) -> None:
+    """Multi-byte text, JSON's four blanks, and items without any."""
+    rows = [json.dumps(item(f"\u00e9{n}", "\U0001f600"), ensure_ascii=False) for n in range(4)]
+    path = pictures / "x.json"
+    path.write_bytes(f"\r\n\t [{rows[0]},{rows[1]}\r\n , \t{rows[2]}\n\n,\n{rows[3]} ]\n".encode())
+    source = open_source(str(path))
+    assert reasons(source) == ["image_count"] * 4, "each parses, and has a picture without a mark"
+    path.write_bytes(b" [ ] ")
+    assert len(open_source(str(path))) == 0
+
+
+def test_memory_of_opening_lines_is_bounded(pictures: Path) -> None:
+    path = pictures / "x.jsonl"
+    line = json.dumps(item(0, "x" * 1000)).encode() + b"\n"
+    path.write_bytes(line * 20_000)
+    tracemalloc.start()
+    try:
+        source = open_source(str(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 20_000 and peak < path.stat().st_size / 5
 
 
 def test_broken_lines_are_rejected_and_the_rest_read(pictures: Path, reasons: Reasons) -> None:
@@ -132,12 +187,25 @@ def test_broken_lines_are_rejected_and_the_rest_read(pictures: Path, reasons: Re
         (b'[{"id": 1}', "line 1 is not JSON"),
         (b"[" * 200_000, "not JSON"),
         (b"[\xff]", "not UTF-8"),
+        (b"[1\n2]", "line 2 is not JSON .no comma"),
+        (b"[,1]", "line 1 is not JSON"),
+        (b"[1,\n]", "line 2 is not JSON"),
+        (b"[1,,2]", "line 1 is not JSON"),
+        (b"[1]\n[2]", "line 2 is not JSON .something follows"),
+        ("[\u00a01]".encode(), "line 1 is not JSON"),
     ],
 )
 def test_array_that_is_not_json(pictures: Path, content: bytes, message: str) -> None:
     path = pictures / "x.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
+        open_source(str(path))
+
+
+def test_lines_with_a_byte_order_mark(pictures: Path) -> None:
+    path = pictures / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf{}\n")
+    with pytest.raises(UserError, match=r"x\.jsonl: starts with a byte order mark"):
         open_source(str(path))
 
 

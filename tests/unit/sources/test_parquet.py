@@ -1,6 +1,8 @@
 """Parquet files and save_to_disk folders: rows across files, row groups and batches."""
 
 import json
+import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,112 @@ def test_unreadable_and_digest(tmp_path: Path, png: Callable[..., bytes]) -> Non
     assert open_source(str(path)).digest != before
     with pytest.raises(UserError, match="is no DatasetDict"):
         open_source(str(path), split="train")
+
+
+def test_digest_sees_the_footer(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    """Files of one name, size, number of rows and set of columns."""
+    path = tmp_path / "x.parquet"
+    table = pyarrow.Table.from_pylist(rows(png))
+    found = set()
+    for revision in ("1", "1", "2"):
+        pq.write_table(table.replace_schema_metadata({"revision": revision}), path)
+        found.add((path.stat().st_size, open_source(str(path)).digest))
+    assert len(found) == 2 and len({size for size, _ in found}) == 1
+
+
+def test_a_file_of_any_name(tmp_path: Path, png: Callable[..., bytes], reasons: Reasons) -> None:
+    write_parquet(tmp_path / "x.pq", rows(png))
+    assert len(reasons(open_source(str(tmp_path / "x.pq")))) == NUM_ROWS
+
+
+def test_bad_text_costs_one_row(tmp_path: Path, reasons: Reasons) -> None:
+    values = pyarrow.array([b"q", b"\xff\xfe", b"r"])
+    questions = pyarrow.Array.from_buffers(pyarrow.string(), 3, values.buffers())
+    table = pyarrow.table({"id": ["0", "1", "2"], "question": questions, "answer": ["a"] * 3})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert reasons(open_source(str(tmp_path / "x.parquet"))) == ["0", "arrow_data", "2"]
+
+
+def test_a_damaged_page_names_the_file(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    path = tmp_path / "x.parquet"
+    write_parquet(path, rows(png))
+    data = bytearray(path.read_bytes())
+    data[4:200] = b"\xff" * 196
+    path.write_bytes(data)
+    source = open_source(str(path))
+    with pytest.raises(UserError, match=r"x\.parquet: damaged: ") as caught:
+        list(source.rows(0, len(source)))
+    assert "\n" not in str(caught.value)
+
+
+def test_damage_anywhere_is_one_line_or_a_rejected_row(
+    tmp_path: Path, png: Callable[..., bytes]
+) -> None:
+    """Schema, footer, offsets, text: whatever a flipped byte hits, nothing else is raised."""
+    stream, table = tmp_path / "x.arrow", tmp_path / "x.parquet"
+    write_arrow(stream, rows(png)[:20])
+    write_parquet(table, rows(png)[:20])
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": stream.name}]}))
+    rng = random.Random(0)
+    for path, opened in ((stream, tmp_path), (table, table)):
+        whole = path.read_bytes()
+        for _ in range(500):
+            damaged = bytearray(whole)
+            damaged[rng.randrange(len(whole))] = rng.choice([0, 0x80, 0xFF])
+            path.write_bytes(damaged)
+            try:
+                source = open_source(str(opened))
+                assert len(list(source.rows(0, len(source)))) == len(source)
+            except UserError as error:
+                assert path.name in str(error) or "needs a column" in str(error)
+                assert "\n" not in str(error)
+
+
+def test_a_row_group_of_pictures_is_not_held(tmp_path: Path) -> None:
+    count, size = 100, 2**18
+    values = [{"image": {"bytes": bytes([n]) * size}, "question": "q"} for n in range(count)]
+    table = pyarrow.Table.from_pylist(values)
+    pq.write_table(table, tmp_path / "x.parquet", use_dictionary=False, compression="none")
+    del table
+    source = open_source(str(tmp_path / "x.parquet"))
+    before = pyarrow.total_allocated_bytes()
+    peak = max(pyarrow.total_allocated_bytes() - before for _ in source.rows(0, count))
+    assert peak < count * size / 3
+
+
+def test_every_cut_of_an_arrow_stream_is_found(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    """pyarrow takes a cut between two batches for the end."""
+    path = tmp_path / "x.arrow"
+    write_arrow(path, rows(png))
+    whole = path.read_bytes()
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}]}))
+    assert len(open_source(str(tmp_path))) == NUM_ROWS
+    for size in (*range(0, len(whole), 200), len(whole) - 8, len(whole) - 4):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="not an Arrow stream|cut off"):
+            open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("state.json", [], "has no list _data_files"),
+        ("state.json", {"_data_files": [{"filename": "../x.arrow"}]}, "not a name inside"),
+        ("state.json", {"_data_files": [3]}, "not a name inside"),
+        ("state.json", {"_data_files": [{"filename": "gone.arrow"}]}, "lacks .'gone.arrow'"),
+        ("state.json", {"_data_files": [], "_indices_data_files": [{}]}, "flatten_indices"),
+        ("dataset_dict.json", {"splits": 3}, "has no list splits"),
+        ("dataset_dict.json", {"splits": [".."]}, "not a name inside"),
+    ],
+)
+def test_odd_save_to_disk_folders(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path), split=".." if name == "dataset_dict.json" else None)
+
+
+def test_pyarrow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "x.parquet", [{"question": "q", "answer": "a"}])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install genrecal_ds\[parquet\]"):
+        open_source(str(tmp_path / "x.parquet"))

@@ -62,11 +62,41 @@ def test_vlmevalkit_layout(pictures: Path) -> None:
     assert (row.answers, row.kind, row.source_id) == (["B"], "logic", "17")
 
 
+def test_options_keep_their_letters(pictures: Path, reasons: Reasons) -> None:
+    """Closing a gap would move the right answer to another letter."""
+    path = write(
+        pictures / "x.csv",
+        ["index", "question", "A", "B", "C", "answer"],
+        ["1", "q", "one", "", "three", "C"],
+        ["2", "q", "", "two", "", "B"],
+        ["3", "q", "one", "two", "", "C"],
+        ["4", "q", "one", "two", "", "two"],
+        ["5", "q", "", "", "", "free"],
+        ["6", "q", "one", "two", "", "B"],
+    )
+    assert reasons(open_source(str(path))) == ["options", "options", "answer", "answer", "5", "6"]
+
+
+def test_marks_place_the_picture(pictures: Path, reasons: Reasons) -> None:
+    path = write(
+        pictures / "x.csv",
+        ["id", "image", "question", "answer"],
+        ["a", "a.png", "Is <image> it?", "yes"],
+        ["b", "", "Is <image> it?", "yes"],
+    )
+    source = open_source(str(path))
+    assert reasons(source) == ["a", "image_count"]
+    (row,) = source.rows(0, 1)
+    assert isinstance(row, RawSample)
+    parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " it?"}]
+    assert row.messages[0]["content"] == parts
+
+
 def test_each_trap_has_its_reason(pictures: Path, reasons: Reasons) -> None:
     header = ["image", "question", "answer", "answers"]
     bad = {
         "image_path": ["../secret.png", "/etc/passwd", "out.png", "https://x.org/a.png"],
-        "image_base64": ["data:image/png,abc", "!" * 100],
+        "image_base64": ["data:image/png,abc", "data:text/html;base64,aaaa", "!" * 100],
         "image_format": [base64.b64encode(b"GIF89a" * 20).decode()],
         "image_missing": ["gone.png"],
     }
@@ -95,6 +125,13 @@ def test_unreadable_tables(pictures: Path) -> None:
     (pictures / "y.csv").write_bytes(b"question,answer\n\xff,x\n")
     with pytest.raises(UserError, match="save as UTF-8"):
         open_source(str(pictures / "y.csv"))
+    for content in (b'q1,a1\nq2,"a2\nq3,a3\n', b'"q" 1,a1\n'):
+        # read leniently, the first has the rest of the file as an answer
+        (pictures / "y.csv").write_bytes(b"question,answer\n" + content)
+        with pytest.raises(UserError, match=r"y\.csv: the record that ends at line .*quotes"):
+            open_source(str(pictures / "y.csv"))
+    with pytest.raises(UserError, match="'answer'. come twice"):
+        open_source(str(write(pictures / "x.csv", ["question", "answer", "answer"])))
     with pytest.raises(UserError, match=r"no such \.csv or \.tsv"):
         open_source(str(pictures / "a.png"))
     path = write(pictures / "z.csv", ["question", "answer"], ["q", "a"])

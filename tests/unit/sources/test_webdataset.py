@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 
 from data_tools.build import main
 from data_tools.builder import build as build_shards
-from data_tools.sources import RawSample, Rows, Source
+from data_tools.sources import RawSample, Rows, Source, webdataset
 from data_tools.sources.webdataset import CAPTION_QUESTION, open_source
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
@@ -89,7 +90,7 @@ class Payload:
 @pytest.mark.parametrize(
     "extension",
     ["pyd", "pickle", "pkl", "PYD", "Pickle", "x.pkl", "pyd.gz", "pkl.gz", "npy", "pth", "pt",
-     "ten", "mp", "cbor", "json.gz", "jpg.pyd", ""],
+     "ten", "mp", "cbor", "json.gz", "jpg.pyd", "pyd.jpg", "seg.png", "meta.json", "x.txt", ""],
 )  # fmt: skip
 def test_foreign_members_are_refused_and_never_run(
     tmp_path: Path, png: Callable[..., bytes], extension: str
@@ -117,14 +118,14 @@ def test_names_that_lead_out(tmp_path: Path, png: Callable[..., bytes], name: st
 )
 def test_links_and_devices(tmp_path: Path, kind: bytes) -> None:
     path = write(tmp_path / "x.tar", [("a.png", b"")], type=kind, linkname="/etc/passwd")
-    with pytest.raises(UserError, match="a link or a device"):
+    with pytest.raises(UserError, match="sparse, a link or a device"):
         open_source(str(path))
 
 
 def test_keys_in_two_places_and_members_twice(tmp_path: Path, png: Callable[..., bytes]) -> None:
     one, two = ("a.png", png(1)), ("b.png", png(2))
     path = write(tmp_path / "x.tar", [one, two, ("a.json", b"{}"), ("b.json", b"{}")])
-    with pytest.raises(UserError, match=r"a\.json: key a is in two places"):
+    with pytest.raises(UserError, match=r"a\.json': key 'a' is in two places"):
         open_source(str(path))
     path = write(tmp_path / "y.tar", [one, one])
     with pytest.raises(UserError, match="comes twice"):
@@ -158,6 +159,63 @@ def test_every_cut_and_every_damaged_header_is_found(
         path.write_bytes(data)
         with pytest.raises(UserError, match="not a plain tar|cut off"):
             open_source(str(path))
+    for data in (whole + whole.replace(b"0.png", b"9.png"), whole + b"x"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="continued at byte"):
+            open_source(str(path))
+
+
+def test_hostile_headers(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    sparse = {"GNU.sparse.map": "0,10", "GNU.sparse.size": "10"}
+    path = write(tmp_path / "sparse.tar", [("a.png", png(1))], pax_headers=sparse)
+    with pytest.raises(UserError, match="'a.png' is sparse"):
+        open_source(str(path))
+    path = write(tmp_path / "lines.tar", [("a\nb.png", b""), ("c.png", b""), ("a\nb.txt", b"")])
+    with pytest.raises(UserError) as caught:
+        open_source(str(path))
+    assert "\n" not in str(caught.value), "a message is one line"
+    long = tarfile.TarInfo("x")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 4
+    block = long.tobuf(tarfile.GNU_FORMAT) + b"abc\0".ljust(tarfile.BLOCKSIZE, b"\0")
+    path = tmp_path / "long.tar"
+    path.write_bytes(block * 3000 + bytes(1024))
+    with pytest.raises(UserError, match="not a plain tar"):
+        open_source(str(path))
+    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (2**96 - 512).to_bytes(12, "big")  # a size of -512 would lead in a circle
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + bytes(10240))
+    with pytest.raises(UserError, match="a size of -512"):
+        open_source(str(path))
+
+
+def test_only_regular_files_are_opened(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    path = write(tmp_path / "x.tar", [("a.png", png(1)), ("a.txt", b"one")])
+    for name, make in (
+        ("link.tar", lambda link: link.symlink_to(path)),
+        ("fifo.tar", os.mkfifo),  # opening it to read would block for ever
+        ("folder.tar", Path.mkdir),
+    ):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        make(folder / name)
+        with pytest.raises(UserError, match=rf"{name}: .*shards are files"):
+            open_source(str(folder))
+    source = open_source(str(path))
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(UserError, match="shorter than when it was opened"):
+        list(source.rows(0, 1))
+
+
+def test_size_caps_come_before_reading(
+    tmp_path: Path, png: Callable[..., bytes], reasons: Reasons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "x.tar", [("a.png", png(1)), ("a.txt", b"one")])
+    source = open_source(str(path))
+    monkeypatch.setattr(webdataset, "MAX_IMAGE_BYTES", 20)
+    monkeypatch.setattr(webdataset, "_open", lambda path: pytest.fail("opened"))
+    assert reasons(source) == ["member_bytes"]
 
 
 def test_folder_and_digest(tmp_path: Path, png: Callable[..., bytes], reasons: Reasons) -> None:
