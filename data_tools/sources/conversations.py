@@ -9,6 +9,7 @@ from data_tools.sources.files import field_of
 from genrecal_ds.data.decode import SampleError
 
 IMAGE_MARK = "<image>"
+CONVERSATION_KEYS = frozenset({"conversations", "messages", "question"})
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "system": "system",

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import IO
 
 from data_tools.sources import RawSample, RowSource, assistant, user
-from data_tools.sources.conversations import id_of, kind_of, scored_answers, to_messages
+from data_tools.sources.conversations import (
+    CONVERSATION_KEYS,
+    id_of,
+    kind_of,
+    scored_answers,
+    to_messages,
+)
 from data_tools.sources.files import with_extension
 from genrecal_ds.data.decode import (
     IMAGE_FORMATS,
@@ -80,6 +86,8 @@ class Webdataset(RowSource):
         item = parse_json(_read(entry, "json", MAX_RECORD_BYTES))
         if not isinstance(item, dict):
             raise SampleError("row", f"{item!r:.80} is not an object")
+        if "txt" in entry.members and not CONVERSATION_KEYS & item.keys():
+            return _caption(entry, pictures)  # img2dataset's json holds the download's facts
         if item.keys() == RECORD_KEYS:
             return RawSample(
                 pictures, item["messages"], item["kind"], item["answers"], item["source_id"]

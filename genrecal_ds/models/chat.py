@@ -48,6 +48,8 @@ class ChatEncoder:
 
     def encode(self, messages: Messages, images: list[Image]) -> EncodedChat:
         """Ids, spans and vision inputs. Raises Unusable with a reason for an unusable sample."""
+        if self._holds_image_token(messages):
+            raise Unusable("a text that holds the image token")  # it would count as a picture
         text, starts = self._render(messages)
         encoding = self._tokenize(text, images)
         ids = encoding["input_ids"][0]
@@ -64,6 +66,17 @@ class ChatEncoder:
     def num_visual(self, chat: EncodedChat) -> int:
         """How many of a chat's tokens stand for pictures."""
         return int((chat.input_ids_T == self.image_token).sum())
+
+    def _holds_image_token(self, messages: Messages) -> bool:
+        token = getattr(self.processor, "image_token", None)
+        texts = (
+            part["text"]
+            for message in messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] == "text"
+        )
+        return token is not None and any(token in text for text in texts)
 
     def prompt(self, messages: Messages, images: list[Image]) -> dict[str, Tensor]:
         """Inputs [1, T] for generate: the chat up to where the last answer begins."""

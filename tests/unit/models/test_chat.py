@@ -70,6 +70,18 @@ def encoders(pair, tmp_path_factory):
     }
 
 
+def test_text_that_holds_the_image_token_is_unusable(pair):
+    for side in ("teacher_init", "student_init"):
+        encoder = ChatEncoder(pair / side, 100)
+        token = encoder.processor.image_token
+        messages = [
+            {"role": "user", "content": [{"type": "text", "text": f"what is {token} ?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "it is 3"}]},
+        ]
+        with pytest.raises(Unusable, match="holds the image token"):
+            encoder.encode(messages, [])
+
+
 @pytest.mark.parametrize("image", [True, False])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_the_same_text_gives_the_same_answers_with_every_tokenizer(encoders, count, image):

@@ -61,6 +61,14 @@ def test_golden(tmp_path: Path, png: Callable[..., bytes], reasons: Reasons) -> 
     assert (c.images, c.answers) == ([], ["yes"])
 
 
+def test_img2dataset_layout_is_a_caption(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    facts = json.dumps({"url": "https://x.org/1.jpg", "caption": "a cat", "sha256": "0"}).encode()
+    members = [("0001.jpg", png(1, "JPEG")), ("0001.json", facts), ("0001.txt", b"a cat")]
+    (row,) = open_source(str(write(tmp_path / "x.tar", members))).rows(0, 1)
+    assert isinstance(row, RawSample) and row.source_id == "0001"
+    assert row.messages[1]["content"][0]["text"] == "a cat"
+
+
 def test_our_own_shards_come_back(tmp_path: Path, png: Callable[..., bytes]) -> None:
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
