@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint format clean distclean
+.PHONY: help setup demo test test-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -11,7 +11,7 @@ CHOSEN_PYTHON := $(or $(PYTHON),python3)
 TESTS := not gpu and not cluster$(if $(SLOW),, and not slow)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv (PYTHON=..., GENRECAL_TORCH_INDEX=...); demo and test do it by themselves
 	@PYTHON='$(PYTHON)' launch/setup_env.sh
@@ -26,6 +26,9 @@ test: setup ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow one
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
 	$(CHOSEN_PYTHON) -m pytest -m gpu
+
+bench-loader: setup ## the loader beside its peers, where they are installed
+	$(IN_VENV) .venv/bin/python -m benchmarks.loader
 
 lint: setup ## ruff check, ruff format --check, mypy
 	.venv/bin/ruff check .

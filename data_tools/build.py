@@ -28,6 +28,7 @@ from data_tools.sources import (
     vqa,
     webdataset,
 )
+from data_tools.text import complain
 from genrecal_ds.data.index import local_path
 from genrecal_ds.errors import UserError
 
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_tools.text import complain
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.errors import UserError
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  fingerprint {index.fingerprint}")
             print(f"  content     {content(index)}")
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     return 1 if len(contents) > 1 else 0
 

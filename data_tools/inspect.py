@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_tools.build import not_negative, positive
-from data_tools.text import printable
+from data_tools.text import complain, printable
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import BadSample, Sample, ShardReader
 from genrecal_ds.errors import UserError
@@ -110,10 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_sheet(index, args.sample, args.count, args.html)
         sample = ShardReader(index).read(args.sample)
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except BadSample as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 1
     console = Console()
     for table in (overview(index), kinds(index), example(sample)):

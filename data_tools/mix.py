@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.build import not_negative
+from data_tools.text import complain
 from data_tools.writer import publish, publish_index, shard_path, temporary
 from genrecal_ds.data.index import ShardIndex, file_sha256, local_path
 from genrecal_ds.errors import UserError
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights, out = weights_of(args.folders), local_path(args.out)
         num_samples = mix(weights, out, args.seed)
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     print(f"{args.out}: {num_samples} samples an epoch from {len(weights)} folders")
     return 0

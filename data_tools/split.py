@@ -17,6 +17,7 @@ import numpy as np
 
 from data_tools.build import not_negative, positive
 from data_tools.progress import progress_bar
+from data_tools.text import complain
 from data_tools.writer import ShardWriter
 from genrecal_ds.data.index import MANIFEST_NAME, ShardIndex, local_path
 from genrecal_ds.data.reader import BadSample, ShardReader
@@ -144,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"{out}: is a folder of shards; choose another --out")
         counts = split(args.directory, out, shares_of(args.parts), args.seed, args.shard_size)
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except BadSample as error:
-        print(f"{error}; nothing is split before data_tools.verify is clean", file=sys.stderr)
+        complain(f"{error}; nothing is split before data_tools.verify is clean")
         return 1
     for name, count in counts.items():
         print(f"{out / name}: {count} samples")

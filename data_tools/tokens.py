@@ -19,6 +19,7 @@ from rich.table import Table
 
 from data_tools.build import positive
 from data_tools.progress import progress_bar
+from data_tools.text import complain
 from data_tools.writer import publish, temporary, write_json
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.lengths import TABLE_DTYPE, table_facts, table_path
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.progress import progress_bar
+from data_tools.text import complain, printable
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.reader import TAR_ERRORS, BadSample, ShardReader, tar_stages
 from genrecal_ds.errors import UserError
@@ -82,7 +83,7 @@ def run(directory: Path) -> int:
                 progress.advance(task)
             else:
                 num_defects += 1
-                print(line)
+                print(printable(line))
     verdict = f"{num_defects} defects" if num_defects else "sound"
     print(f"{directory}: {len(index.shards)} shards, {len(index)} samples, {verdict}")
     return 1 if num_defects else 0
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args.directory)
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
 
 

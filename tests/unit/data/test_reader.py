@@ -62,6 +62,8 @@ def test_plain_webdataset_reads_the_same(built: Path) -> None:
     reader = ShardReader(index)
     assert [sample["__key__"] for sample in plain] == [reader.read(i).key for i in range(23)]
     for number, sample in enumerate(plain):
+        found = {name: data for name, data in sample.items() if not name.startswith("__")}
+        assert found == reader.members(number), "the same bytes"
         images = {"0.png", "1.png"} if number % 3 == 2 else {"0.png"} if number % 3 else set()
         assert sample.keys() - {"__key__", "__url__", "__local_path__"} == images | {"json"}
         stored = json.loads(sample["json"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from data_tools.build import main as build_main
 from data_tools.builder import build
 from data_tools.fingerprint import main as fingerprint
 from data_tools.inspect import main as inspect
@@ -217,6 +218,25 @@ def test_contact_sheet_shows_hostile_text_as_text(raw: Raw, tmp_path: Path) -> N
     assert r"\x1b]0;owned\x07" in parsed.text and "{{ 7*7 }}" in parsed.text
     assert not set(page) & {"\x1b", "\x07", "\u202e"}
     assert "crc32" in parsed.text, "a damaged sample shows its reason"
+
+
+def test_names_of_files_do_not_steer_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "x\x1b]0;owned\x07<script>"
+    folder.mkdir()
+    (folder / "a\x1b[2J.tar").write_bytes(b"x")
+    out = str(tmp_path / "out")
+    for code in (
+        build_main([str(folder), "--format", "webdataset", "--out", out]),
+        build_main([str(folder), "--format", "llava", "--out", out]),
+        verify([str(folder)]), inspect([str(folder)]), fingerprint([str(folder)]),
+        split([str(folder), "a=1", "b=1", "--out", out]), mix([f"{folder}=1", "--out", out]),
+        tokens([str(folder), "--student", str(folder)]),
+    ):  # fmt: skip
+        assert code == 2
+    printed = "".join(capsys.readouterr())
+    assert printed.count("<script>") >= 8 and not set(printed) & {"\x1b", "\x07"}
 
 
 def test_tokens_table_of_a_pair(
