@@ -131,6 +131,9 @@ def micro_batches(
         batches = iter(loader)
         for _ in range(first_step, last_step):
             yield [next(batches) for _ in range(accumulation)]
+    except UserError as error:
+        # from a worker it comes with a traceback as its text; a user needs the last line
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
     except (EOFError, ConnectionError) as error:  # how a worker's end may show first
         raise RuntimeError("a data worker ended in the middle of a batch") from error
     finally:

@@ -140,6 +140,7 @@ class Trainer:
         self.parts.student.train(False)
         report = Report()
         for micro in self._micro_batches(dataset, plan, 0, plan.steps_per_epoch):
+            self.counts.of(micro)  # names damaged ones; only training counts towards the limit
             for batch in micro:
                 batch = to_device(batch, self.device)
                 _, part = self.parts.student(batch, self._teacher_rows(batch), Totals(1, 1), False)

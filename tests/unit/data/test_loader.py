@@ -1,5 +1,7 @@
 """Micro-batches: the same for any number of workers and any start; ranks share a step exactly."""
 
+import re
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders, micro_batches
 from genrecal_ds.data.pair import EncodedChat, Unusable
 from genrecal_ds.data.plan import FirstSamples, Order, StepPlan
+from genrecal_ds.errors import UserError
 
 pytestmark = pytest.mark.unit
 
@@ -120,6 +123,35 @@ def test_unusable_samples_are_counted_with_their_reason(dataset):
     reasons = [reason for batch in batches for reason in batch.unusable]
     assert set(reasons) == {"a left column"}
     assert all(batch.student.inputs.input_ids.shape[0] >= 1 for batch in batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_long_as_an_error_is_one_line(dataset, num_workers):
+    class Short(Letters):
+        max_length = 30
+
+    encoders = PairEncoders(Short(), Short(), too_long="error")
+    strict = PairDataset(dataset.reader.index, encoders, True)
+    with pytest.raises(UserError) as caught:
+        steps(strict, num_workers=num_workers)
+    assert re.fullmatch(
+        r"sample \d+, key digits-train/\d{9}: longer than max_length: teacher \d+ of 30, student "
+        r"\d+ of 30 tokens; raise max_length, or set data.too_long to drop or truncate_question",
+        str(caught.value),
+    )
+
+
+def test_truncated_samples_are_counted(dataset):
+    class Short(Letters):
+        max_length = 45
+
+    for policy in ("drop", "truncate_question"):
+        encoders = PairEncoders(Short(), Short(), too_long=policy)
+        batches = [b for step in steps(PairDataset(dataset.reader.index, encoders, True), last=6)
+                   for b in step]  # fmt: skip
+        assert sum(batch.num_truncated for batch in batches) > 0
+        lengths = [int(n) for b in batches for n in b.student.inputs.attention_mask.sum(1)]
+        assert max(lengths) <= 45
 
 
 def test_a_damaged_sample_becomes_a_counted_reject(dataset, tmp_path):
