@@ -172,8 +172,8 @@ def balance(num_samples: int = 20_000) -> dict[str, dict[str, float]]:
     lengths = lengths.astype(np.int64)
     results = {}
     for name, window in (("random batches, random micro-batches", 0),
-                         ("window 1: dealt within the batch", 1),
-                         ("window 50: the default", 50)):  # fmt: skip
+                         ("window 1, the default: dealt within the batch", 1),
+                         ("window 50: batches of like length", 50)):  # fmt: skip
         plan = StepPlan(Order(classes, lengths, "", 0, 128, max(window, 1)))
         padded, real, critical, per_rank = 0, 0, 0, []
         for step in range(plan.steps_per_epoch - 1):

@@ -47,7 +47,9 @@ class DataConfig(Section):
     validation: str | None = None
     num_workers: int = Field(0, ge=0)  # DataLoader workers per rank
     lengths: Literal["estimated", "measured"] = "estimated"  # measured: data_tools.tokens
-    length_window: int = Field(50, gt=0)  # global batches sorted by length together; 1 = random
+    # Global batches sorted by length together. Above 1 batches pad less but are no random samples:
+    # where length goes with content, learning suffers (docs/log.md).
+    length_window: int = Field(1, gt=0)
     too_long: Literal["drop", "error", "truncate_question"] = "drop"
     max_unreadable: float = Field(0.001, ge=0, le=1)  # share of damaged samples that ends the run
     cache: CacheConfig | None = None
