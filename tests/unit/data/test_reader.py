@@ -1,5 +1,6 @@
 """Reading by byte range: right samples, every damage a BadSample, any process."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -250,15 +251,24 @@ def test_reader_after_fork_and_pickle(built: Path) -> None:
 
 
 def test_open_files_are_bounded(
-    write_unchecked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, built: Path
+    write_unchecked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, shards: Path
 ) -> None:
     assert MAX_OPEN_SHARDS < 1024
     monkeypatch.setattr("genrecal_ds.data.reader.MAX_OPEN_SHARDS", 2)
-    before = len(os.listdir("/proc/self/fd"))
-    reader = open_reader(built)
+    reader = open_reader(shards)
     for number in (0, 8, 16, 0, 22):
         reader.read(number)
         assert len(reader._files) <= 2
+        assert 1 <= open_shards_under(shards) <= 2
     reader.close()
-    del reader
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_shards_under(shards) == 0
+
+
+def open_shards_under(folder: Path) -> int:
+    """Count the tars of one folder that this process has open."""
+    open_files = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
+            path = descriptor.readlink()
+            open_files += path.suffix == ".tar" and path.is_relative_to(folder.resolve())
+    return open_files
