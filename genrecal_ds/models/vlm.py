@@ -14,6 +14,7 @@ from genrecal_ds.data.batch import SideBatch
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.families import FAMILIES
 from genrecal_ds.models.loading import load_full
+from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 
 COMPONENTS = ("vision", "projector", "embeddings", "layers", "norm", "head")
@@ -32,7 +33,7 @@ class LanguageHead(nn.Linear):
         """Logits of rows [.., D], or with labels (weighted CE sum, CE per row [N])."""
         if labels_N is None:
             return super().forward(rows)
-        return linear_cross_entropy(rows, labels_N, self.weight, self.bias, row_weights_N)
+        return linear_cross_entropy(rows, labels_N, Head(self.weight, self.bias), row_weights_N)
 
 
 class VLM(nn.Module):

@@ -3,70 +3,88 @@
 Shapes: N loss rows, D student width, V student vocabulary.
 
 One autograd Function takes the weight as ONE input: under ZeRO-3 a weight that is used twice in
-a graph is gathered, and its gradient reduced, once per use; chunking inside keeps it at one.
+a graph is gathered, and its gradient reduced, once per use; chunking inside keeps it at one. All
+gradients are formed in the forward, while the weight is gathered, so backward needs none of it.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from genrecal_ds.ops import IGNORE
+from genrecal_ds.ops.choice import chosen
+from genrecal_ds.ops.gemm import add_product_, project_, rows_per_chunk, wide
+from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE, epilogue_of
+from genrecal_ds.ops.head_loss.contract import Head, check_labels, expect
+from genrecal_ds.ops.head_loss.epilogue import Coefficients
 
-CHUNK_BYTES = 1 << 28
+CE = [Coefficients(on_q=1.0, on_p=0.0, on_label=1.0)]
 
 
 def linear_cross_entropy(
     rows_ND: Tensor,
     labels_N: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
+    head: Head,
     row_weights_N: Tensor,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    *,
+    impl: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(sum of row_weight * CE, CE per row [N] detached); rows with label -100 count nothing.
 
-    Logits are softcap(scale * (rows @ weight.T + bias)), fp32. The weight gets a gradient only
-    if it requires one (stage 3); frozen (stage 2) no [V, D] buffer is made.
+    rows_ND: the head's dtype; row_weights_N: any float dtype. Losses are fp32, in nats. Rows,
+    weight and bias each get a gradient only if they require one: a frozen head (stage 2) costs
+    no [V, D] buffer. Raises ValueError naming the argument that does not fit.
     """
+    rows, width = rows_ND.shape
+    expect("rows_ND", rows_ND, (rows, width), head.weight_VH)
+    expect("head.weight_VH", head.weight_VH, (head.weight_VH.shape[0], width), rows_ND)
+    expect("labels_N", labels_N, (rows,), rows_ND, torch.int64)
+    expect("row_weights_N", row_weights_N, (rows,), rows_ND, None)
+    if head.bias_V is not None:
+        expect("head.bias_V", head.bias_V, (head.weight_VH.shape[0],), rows_ND)
+    check_labels(labels_N, head.valid_vocab or head.weight_VH.shape[0])
     return _LinearCrossEntropy.apply(
-        rows_ND, weight_VD, bias_V, labels_N, row_weights_N.float(), scale, softcap
+        rows_ND, head.weight_VH, head.bias_V, labels_N, row_weights_N, head, chosen(impl, rows_ND)
     )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, weight_VD, bias_V, labels_N, row_weights_N, scale, softcap):
-        wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        ce_N = rows_ND.new_zeros(labels_N.shape, dtype=torch.float32)
-        d_rows = torch.zeros_like(rows_ND) if wants_rows else None
-        # dW sums over chunks: in fp32, for a bf16 sum of many chunks loses its small ones.
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        d_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias else None
-        chunk = max(1, CHUNK_BYTES // (8 * weight_VD.shape[0]))
-        for start in range(0, labels_N.shape[0], chunk):
-            part = slice(start, start + chunk)
-            rows, labels = rows_ND[part], labels_N[part]
-            valid = labels != IGNORE
-            index = labels.clamp(min=0).unsqueeze(-1)
-            logits = torch.nn.functional.linear(rows, weight_VD, bias_V).float() * scale
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            log_q = logits.log_softmax(-1)
-            ce_N[part] = -log_q.gather(-1, index).squeeze(-1) * valid
-            if not (wants_rows or wants_weight or wants_bias):
-                continue
-            d_logits = log_q.exp()
-            d_logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=d_logits.dtype))
-            d_logits *= (row_weights_N[part] * valid).unsqueeze(-1) * scale
-            if softcap is not None:
-                d_logits *= 1 - (logits / softcap) ** 2
-            d_low = d_logits.to(weight_VD.dtype)
+    def forward(ctx, rows_ND, weight_VD, bias_V, labels_N, row_weights_N, head, implementation):
+        # The head comes again for its numbers; its tensors are the inputs that autograd knows.
+        head = head._replace(weight_VH=weight_VD, bias_V=bias_V).without_padding()
+        weight, epilogue = head.weight_VH, epilogue_of(implementation)
+        wants_rows, wants_weight, wants_bias = wants = ctx.needs_input_grad[:3]
+        fp, num_rows, vocabulary = wide(weight), len(labels_N), weight.shape[0]
+        row_weights_N = row_weights_N.to(fp) * (labels_N != IGNORE)
+        ce_N = rows_ND.new_zeros(num_rows, dtype=fp)
+        d_rows = torch.empty_like(rows_ND) if wants_rows else None
+        d_weight = torch.zeros_like(weight_VD, dtype=fp) if wants_weight else None
+        d_bias = torch.zeros_like(bias_V, dtype=fp) if wants_bias else None
+        kind = "cuda" if weight.is_cuda else "cpu"
+        low = weight.dtype != fp and any(wants)
+        bytes_per_row = vocabulary * (fp.itemsize + weight.element_size() * low)
+        size = rows_per_chunk(num_rows, bytes_per_row, CHUNK_BYTES[kind], CHUNK_MULTIPLE[kind])
+        logits = weight.new_empty(min(size, num_rows), vocabulary, dtype=fp)
+        dlogits = torch.empty_like(logits, dtype=weight.dtype) if low else logits
+        for start in range(0, num_rows, size):
+            part = slice(start, start + size)
+            rows, logits_nV = rows_ND[part], logits[: len(rows_ND[part])]
+            d_nV = dlogits[: len(rows)]
+            project_(logits_nV, rows, weight)
+            stats = epilogue(
+                logits_nV[None], None, labels_N[part], row_weights_N[part],
+                CE, head, any(wants), d_nV,
+            )  # fmt: skip
+            ce_N[part] = stats.lse_Kn[0] - stats.label_logit_Kn[0]
             if d_rows is not None:
-                d_rows[part] = d_low @ weight_VD
+                d_rows[part] = torch.mm(d_nV, weight)
             if d_weight is not None:
-                d_weight += d_low.T @ rows
+                add_product_(d_weight[:vocabulary], d_nV, rows)
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias[:vocabulary] += d_nV.sum(0, dtype=fp)
+        ce_N = ce_N.where(labels_N != IGNORE, 0)
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(d_rows, d_weight, d_bias)
         ctx.mark_non_differentiable(ce_N)
@@ -74,13 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        d_rows, d_weight, d_bias = ctx.saved_tensors
-        scaled = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in (
-                (d_rows, d_rows.dtype if d_rows is not None else None),
-                (d_weight, ctx.weight_dtype),
-                (d_bias, ctx.weight_dtype),
-            )
+        gradients = [
+            None if gradient is None else (gradient * grad_loss).to(ctx.weight_dtype)
+            for gradient in ctx.saved_tensors
         ]
-        return *scaled, None, None, None, None
+        return *gradients, None, None, None, None

@@ -1,0 +1,27 @@
+"""Whether the Triton kernels run: one rule for both fused operations."""
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+
+def chosen(impl: str, tensor: Tensor) -> str:
+    """`triton` or `torch` for `auto`, else what was asked for.
+
+    Raises ValueError when Triton was asked for and cannot run on this tensor: an explicit
+    choice never falls back.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl: {impl!r}, expected auto, triton or torch")
+    installed = importlib.util.find_spec("triton") is not None
+    if impl == "auto":
+        return "triton" if tensor.is_cuda and installed else "torch"
+    if impl == "triton" and not installed:
+        raise ValueError("impl: triton is not installed; take auto or torch")
+    if impl == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl: triton needs CUDA tensors (these are on {tensor.device}), or "
+            f"TRITON_INTERPRET=1 to be interpreted"
+        )
+    return impl

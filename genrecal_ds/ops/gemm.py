@@ -1,0 +1,70 @@
+"""GEMMs of low-precision operands kept in fp32, on CUDA and on the CPU.
+
+Shapes: n rows, H width, V vocabulary.
+
+A bf16 logits buffer costs 3 to 5 % of relative gradient error where logits are peaked; fp32
+logits with bf16 dlogits cost 0.2 % (docs/performance.md).
+"""
+
+import torch
+from torch import Tensor
+
+CPU_COLUMN_BLOCK = 4096  # columns of a low-precision head converted to fp32 at a time
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype that products of this tensor are kept in: fp32, or fp64 for fp64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def project_(out_nV: Tensor, rows_nH: Tensor, weight_VH: Tensor) -> None:
+    """out = rows @ weight.T, accumulated and kept in out's dtype."""
+    if rows_nH.dtype == out_nV.dtype:
+        torch.mm(rows_nH, weight_VH.t(), out=out_nV)
+    elif rows_nH.is_cuda:
+        torch.mm(rows_nH, weight_VH.t(), out_dtype=out_nV.dtype, out=out_nV)
+    else:  # the CPU's mm has no out_dtype
+        rows = rows_nH.to(out_nV.dtype)
+        for start in range(0, weight_VH.shape[0], CPU_COLUMN_BLOCK):
+            columns = slice(start, start + CPU_COLUMN_BLOCK)
+            out_nV[:, columns] = rows @ weight_VH[columns].to(out_nV.dtype).t()
+
+
+def mean_of_rows(probabilities_nV: Tensor, weight_VH: Tensor) -> Tensor:
+    """probabilities @ weight [n, H] in the probabilities' dtype, exact to that dtype."""
+    wide_dtype = probabilities_nV.dtype
+    if weight_VH.dtype == wide_dtype:
+        return probabilities_nV @ weight_VH
+    if weight_VH.is_cuda:
+        # Two bf16 pieces hold 16 bits of an fp32 number: its rounding is no longer seen.
+        high_nV = probabilities_nV.to(weight_VH.dtype)
+        low_nV = (probabilities_nV - high_nV).to(weight_VH.dtype)
+        mean_nH = torch.mm(high_nV, weight_VH, out_dtype=wide_dtype)
+        return mean_nH.add_(torch.mm(low_nV, weight_VH, out_dtype=wide_dtype))
+    mean_nH = probabilities_nV.new_zeros(len(probabilities_nV), weight_VH.shape[1])
+    for start in range(0, weight_VH.shape[0], CPU_COLUMN_BLOCK):
+        columns = slice(start, start + CPU_COLUMN_BLOCK)
+        mean_nH.addmm_(probabilities_nV[:, columns], weight_VH[columns].to(wide_dtype))
+    return mean_nH
+
+
+def add_product_(sum_VH: Tensor, left_nV: Tensor, right_nH: Tensor) -> None:
+    """sum += left.T @ right, added in sum's dtype: a bf16 sum of many chunks loses small ones."""
+    if left_nV.dtype == sum_VH.dtype:
+        torch.addmm(sum_VH, left_nV.t(), right_nH, out=sum_VH)
+    elif left_nV.is_cuda:
+        torch.addmm(sum_VH, left_nV.t(), right_nH, out_dtype=sum_VH.dtype, out=sum_VH)
+    else:
+        sum_VH.add_(left_nV.t() @ right_nH)
+
+
+def rows_per_chunk(num_rows: int, bytes_per_row: int, budget: int, multiple: int) -> int:
+    """Rows of one chunk: within the byte budget, balanced over the chunks.
+
+    Never below `multiple` (128 on CUDA, 16 on the CPU), even where a budget asks for it.
+    """
+    most = max(multiple, budget // bytes_per_row // multiple * multiple)
+    if num_rows <= most:
+        return max(1, num_rows)
+    chunks = -(-num_rows // most)
+    return -(-num_rows // (chunks * multiple)) * multiple

@@ -1,0 +1,139 @@
+"""From logits to losses and dlogits, in place, in torch: the CPU's path and the kernels' twin.
+
+Shapes: K passes, n rows of a chunk, V vocabulary.
+
+    d loss / d logits(r) = weight * (on_q q - on_p p - on_label onehot(y))
+
+covers every use: CE + KL (a + b, b, a), CE beside a cached teacher (a + b, 0, a), the
+student's CE (1, 0, 1). On the CPU rows are taken in blocks that stay in the cache: the logits
+then cross memory once for the GEMM that writes them and once for the one that reads dlogits.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from genrecal_ds.ops import IGNORE
+from genrecal_ds.ops.head_loss.contract import Head
+
+CPU_BLOCK_BYTES = 1 << 20  # of one logits matrix; a core's second-level cache
+
+
+class Coefficients(NamedTuple):
+    """Of one pass; see the formula above."""
+
+    on_q: float
+    on_p: float
+    on_label: float
+
+
+class RowStats(NamedTuple):
+    """What a chunk's logits say. kl is 0 without teacher logits."""
+
+    lse_Kn: Tensor  # log-sum-exp of the student's logits
+    label_logit_Kn: Tensor
+    kl_Kn: Tensor
+    top1_Kn: Tensor  # int64
+    teacher_top1_n: Tensor | None
+
+
+def softmax_epilogue_(
+    student_KnV: Tensor,
+    teacher_nV: Tensor | None,
+    labels_n: Tensor,
+    row_weights_n: Tensor,
+    coefficients: Sequence[Coefficients],
+    head: Head,
+    needs_grad: bool,
+    dlogits_mV: Tensor,
+) -> RowStats:
+    """RowStats; with needs_grad dlogits_mV [K n, V] becomes d loss / d (rows @ weight.T).
+
+    The logits are given as the GEMM left them, without bias, scale and softcap; both matrices
+    are overwritten. dlogits_mV is student_KnV itself, or a matrix of the head's low precision.
+    row_weights_n: 0 on rows that count nothing, whose labels_n may be IGNORE.
+    """
+    in_place = dlogits_mV.data_ptr() == student_KnV.data_ptr()
+    dlogits_KnV = dlogits_mV.view(student_KnV.shape) if needs_grad else student_KnV
+    labels_n = labels_n.where(labels_n != IGNORE, 0)
+    num_passes, num_rows, _ = student_KnV.shape
+    kl_Kn = student_KnV.new_zeros(num_passes, num_rows)
+    lse_Kn, label_logit_Kn = torch.empty_like(kl_Kn), torch.empty_like(kl_Kn)
+    top1_Kn = labels_n.new_empty(num_passes, num_rows)
+    teacher_top1_n = None if teacher_nV is None else torch.empty_like(labels_n)
+    block = block_rows(student_KnV)
+    for start in range(0, num_rows, block):
+        part = slice(start, start + block)
+        teacher = None
+        if teacher_nV is not None:
+            assert teacher_top1_n is not None
+            transform_(teacher_nV[part], head, needs_slope=False)
+            teacher = _Teacher(teacher_nV[part])
+            teacher_top1_n[part] = teacher.top1_n
+        for k, coefficient in enumerate(coefficients):
+            logits_bV, label_b1 = student_KnV[k, part], labels_n[part].unsqueeze(-1)
+            slope_bV = transform_(logits_bV, head, needs_grad)
+            label_logit_Kn[k, part] = logits_bV.gather(-1, label_b1).squeeze(-1)
+            top_b1, top1_b1 = logits_bV.max(-1, keepdim=True)
+            top1_Kn[k, part] = top1_b1.squeeze(-1)
+            logits_bV.sub_(top_b1)
+            dot_b = None if teacher is None else teacher.dot(logits_bV)
+            sum_b1 = logits_bV.exp_().sum(-1, keepdim=True)
+            log_sum_b = sum_b1.log().squeeze(-1)
+            lse_Kn[k, part] = log_sum_b + top_b1.squeeze(-1)
+            if teacher is not None and dot_b is not None:
+                kl_Kn[k, part] = dot_b - teacher.log_sum_b + log_sum_b
+            if not needs_grad:
+                continue
+            weight_b1 = row_weights_n[part].unsqueeze(-1) * head.scale
+            logits_bV.mul_(weight_b1 * coefficient.on_q / sum_b1)
+            if teacher is not None and coefficient.on_p:
+                on_p_b1 = weight_b1 * (-coefficient.on_p) / teacher.sum_b1
+                logits_bV.addcmul_(teacher.exp_bV, on_p_b1)
+            logits_bV.scatter_add_(-1, label_b1, -coefficient.on_label * weight_b1)
+            if slope_bV is not None:
+                logits_bV.mul_(slope_bV)
+            if not in_place:
+                dlogits_KnV[k, part] = logits_bV
+    return RowStats(lse_Kn, label_logit_Kn, kl_Kn, top1_Kn, teacher_top1_n)
+
+
+class _Teacher:
+    """A block of the teacher's logits: shifted by their maximum, and their exponentials."""
+
+    def __init__(self, logits_bV: Tensor):
+        top_b1, top1_b1 = logits_bV.max(-1, keepdim=True)
+        self.top1_n = top1_b1.squeeze(-1)
+        self.shifted_bV = logits_bV.sub_(top_b1)
+        self.exp_bV = self.shifted_bV.exp()
+        self.sum_b1 = self.exp_bV.sum(-1, keepdim=True)
+        self.log_sum_b = self.sum_b1.log().squeeze(-1)
+
+    def dot(self, student_shifted_bV: Tensor) -> Tensor:
+        """sum p (t - s) of shifted logits. The difference comes first: it is small where the
+        two agree, and its terms are large."""
+        difference_bV = self.shifted_bV - student_shifted_bV
+        return torch.linalg.vecdot(self.exp_bV, difference_bV) / self.sum_b1.squeeze(-1)
+
+
+def block_rows(logits_KnV: Tensor) -> int:
+    """Rows that stay in the cache together; on CUDA all of them, to launch few kernels."""
+    if logits_KnV.is_cuda:
+        return max(1, logits_KnV.shape[1])
+    return max(1, CPU_BLOCK_BYTES // (logits_KnV.shape[2] * logits_KnV.element_size()))
+
+
+def transform_(logits_nV: Tensor, head: Head, needs_slope: bool) -> Tensor | None:
+    """Apply bias, scale and softcap in place; the softcap's slope [n, V], where wanted."""
+    if head.bias_V is not None:
+        logits_nV.add_(head.bias_V)
+    if head.scale != 1.0:
+        logits_nV.mul_(head.scale)
+    if head.softcap is None:
+        return None
+    logits_nV.div_(head.softcap).tanh_()
+    slope_nV = 1 - logits_nV.square() if needs_slope else None  # d softcap(x)/dx = 1 - tanh^2
+    logits_nV.mul_(head.softcap)
+    return slope_nV
