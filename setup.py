@@ -27,6 +27,7 @@ DEVELOPMENT = [
     "scikit-learn",
     "setuptools>=77",  # the packaging test builds a wheel without build isolation
     "tensorboard",
+    "triton>=3.6",  # its interpreter runs the kernels' tests where there is no GPU
     "types-PyYAML",
 ]
 

@@ -4,7 +4,8 @@ Everything that depends on lengths is decided here, on the CPU: later rooms only
 kernel waits for a number from the device.
 
 Shapes: B conversations, T teacher length, S student length, A teacher rows entering the
-Recalibrator, N teacher loss rows (one pass), M student loss rows, P packed rows.
+Recalibrator, N teacher loss rows (one pass), M student loss rows, P packed rows, C packed
+sequences, R = B*S + A source rows of the packed ones, U most uses of one source row.
 
 The row shift (paper section 3.3, our choice (c)): a hidden state predicts the NEXT token, so the
 loss rows of turn k are the last row of q_k, then the rows of a_k but its last. Their labels are
@@ -31,9 +32,11 @@ class Packing(NamedTuple):
     """
 
     source_P: Tensor  # int32; i >= 0: student row i of [B*S]; i < 0: teacher row -i-1 of [A]
+    uses_RU: Tensor  # int32; its inverse: packed rows that each source row went to, -1 for none
     sequence_P: Tensor  # int64; the packed sequence of each row
     position_ids_P: Tensor  # int64; NPE: 0..n-1 within each sequence
     loss_rows: Tensor  # int64 [N], or [2N] with the regular pass
+    cu_seqlens: Tensor  # int32 [C + 1]; sequence c is the packed rows cu_seqlens[c : c + 2]
     num_sequences: int
     max_seqlen: int
 
@@ -134,8 +137,9 @@ def _teacher_batch(
     question_rows = [_rows(view.questions, b * width) for b, view in enumerate(views)]
     rows = answer_rows + (question_rows if with_regular else [])
     student_width = student.inputs.input_ids.shape[1]
-    packing = _pack(pairs, student_width, with_regular)
-    return TeacherBatch(inputs, _tensor(np.concatenate(rows)), targets, labels, boundary, packing)
+    rows_A = np.concatenate(rows)
+    packing = _pack(pairs, student_width, len(rows_A), with_regular)
+    return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing)
 
 
 def _pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
@@ -186,12 +190,14 @@ def _loss_rows(
     return _tensor(joined[0]), _tensor(joined[1]), torch.from_numpy(joined[2])
 
 
-def _pack(pairs: list[Pair], student_width: int, with_regular: bool) -> Packing:
+def _pack(
+    pairs: list[Pair], student_width: int, num_teacher_rows: int, with_regular: bool
+) -> Packing:
     """The packed sequences of a micro-batch; see Packing for their order."""
     teachers = [pair.teacher for pair in pairs if pair.teacher is not None]
-    lengths = [[end - start for start, end in view.answers] for view in teachers]
-    answers = _numbered(lengths, first=0)
-    num_answers = sum(map(sum, lengths))
+    answer_lengths = [[end - start for start, end in view.answers] for view in teachers]
+    answers = _numbered(answer_lengths, first=0)
+    num_answers = sum(map(sum, answer_lengths))
     mixed_questions = [
         [np.arange(start, end) + b * student_width for start, end in pair.student.questions]
         for b, pair in enumerate(pairs)
@@ -204,7 +210,8 @@ def _pack(pairs: list[Pair], student_width: int, with_regular: bool) -> Packing:
             ([-turn - 1 for turn in turns], answer)
             for turns, answer in zip(questions, answers, strict=True)
         ]
-    source, sequence, positions, loss_rows, offset = [], [], [], [], 0
+    source: list[np.ndarray] = []
+    sequence, positions, loss_rows, offset = [], [], [], 0
     for number, (turn_questions, turn_answers) in enumerate(sequences):
         length = 0
         for question, answer in zip(turn_questions, turn_answers, strict=True):
@@ -215,14 +222,30 @@ def _pack(pairs: list[Pair], student_width: int, with_regular: bool) -> Packing:
         sequence.append(np.full(length, number))
         positions.append(np.arange(length))
         offset += length
+    source_P = np.concatenate(source)
+    lengths = np.array([len(run) for run in positions])
     return Packing(
-        torch.from_numpy(np.concatenate(source).astype(np.int32)),
+        _tensor(source_P, np.int32),
+        _tensor(_uses(source_P, len(pairs) * student_width, num_teacher_rows), np.int32),
         _tensor(np.concatenate(sequence)),
         _tensor(np.concatenate(positions)),
         _tensor(np.concatenate(loss_rows)),
+        _tensor(np.concatenate([[0], lengths.cumsum()]), np.int32),
         num_sequences=len(sequences),
-        max_seqlen=max(map(len, positions)),
+        max_seqlen=int(lengths.max()),
     )
+
+
+def _uses(source_P: np.ndarray, num_student_rows: int, num_teacher_rows: int) -> np.ndarray:
+    """[R, U]: where each source row went, in order; student rows first, -1 where fewer than U."""
+    row_P = np.where(source_P >= 0, source_P, num_student_rows - 1 - source_P)
+    order_P = np.argsort(row_P, kind="stable")
+    sorted_P = row_P[order_P]
+    starts_P = np.searchsorted(sorted_P, sorted_P)
+    use_P = np.arange(len(row_P)) - starts_P
+    uses_RU = np.full((num_student_rows + num_teacher_rows, use_P.max() + 1), -1)
+    uses_RU[sorted_P, use_P] = order_P
+    return uses_RU
 
 
 def _numbered(lengths: list[list[int]], first: int) -> list[list[np.ndarray]]:
@@ -241,5 +264,5 @@ def _rows(spans: tuple[tuple[int, int], ...], offset: int) -> np.ndarray:
     return np.concatenate([np.arange(start, end) + offset for start, end in spans])
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))
+def _tensor(array: np.ndarray, dtype: type = np.int64) -> Tensor:
+    return torch.from_numpy(array.astype(dtype))

@@ -28,9 +28,11 @@ class TokenAlign(nn.Module):
         self.weight = nn.Parameter(torch.empty(student_width, teacher_width, dtype=dtype))
 
     def forward(
-        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, source_P: Tensor
+        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, packing: Packing
     ) -> Tensor:
-        return token_align(student_hidden_BSD, teacher_rows_AH, self.weight, source_P)
+        return token_align(
+            student_hidden_BSD, teacher_rows_AH, self.weight, packing.source_P, packing.uses_RU
+        )
 
 
 class Recalibrator(nn.Module):
@@ -75,7 +77,7 @@ class Recalibrator(nn.Module):
         row can attend to the padding behind it, so no padding mask is needed.
         Proj-post and the norm run on the loss rows only; no other row is read.
         """
-        packed_PD = self.proj_pre(student_hidden_BSD, teacher_rows_AH, packing.source_P)
+        packed_PD = self.proj_pre(student_hidden_BSD, teacher_rows_AH, packing)
         slot_P = packing.sequence_P * packing.max_seqlen + packing.position_ids_P
         flat = packed_PD.new_zeros(packing.num_sequences * packing.max_seqlen, packed_PD.shape[-1])
         padded_CLD = flat.index_copy(0, slot_P, packed_PD).unflatten(0, (-1, packing.max_seqlen))

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.ops import IGNORE
+from genrecal_ds.ops.checks import check_labels, expect
 from genrecal_ds.ops.choice import chosen
 from genrecal_ds.ops.gemm import add_product_, project_, rows_per_chunk, wide
 from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE, epilogue_of
-from genrecal_ds.ops.head_loss.contract import Head, check_labels, expect
+from genrecal_ds.ops.head_loss.contract import Head
 from genrecal_ds.ops.head_loss.epilogue import Coefficients
 
 CE = [Coefficients(on_q=1.0, on_p=0.0, on_label=1.0)]

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds.ops.checks import check_labels, expect, shown
 
 
 class Head(NamedTuple):
@@ -81,9 +81,9 @@ def check(
     """Raise ValueError naming the first argument that does not fit, and what would."""
     weight = head.weight_VH
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"head.weight_VH: {_shown(weight)}, expected a float matrix [V, H]")
+        raise ValueError(f"head.weight_VH: {shown(weight)}, expected a float matrix [V, H]")
     if rows_KNH.ndim != 3:
-        raise ValueError(f"rows_KNH: {_shown(rows_KNH)}, expected three dimensions [K, N, H]")
+        raise ValueError(f"rows_KNH: {shown(rows_KNH)}, expected three dimensions [K, N, H]")
     passes, rows, width = rows_KNH.shape
     expect("head.weight_VH", weight, (weight.shape[0], width), rows_KNH)
     expect("rows_KNH", rows_KNH, (passes, rows, width), rows_KNH)
@@ -113,37 +113,6 @@ def check(
         _check_cached(head, divergence, temperature)
 
 
-def expect(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    like: Tensor,
-    dtype: torch.dtype | None | Literal["same"] = "same",
-) -> None:
-    """Refuse another shape, dtype ("same": of `like`; None: any float), device or layout."""
-    expected = like.dtype if dtype == "same" else dtype
-    fits_dtype = tensor.is_floating_point() if expected is None else tensor.dtype == expected
-    if tensor.shape != shape or not fits_dtype or tensor.device != like.device:
-        raise ValueError(
-            f"{name}: {_shown(tensor)}, expected {list(shape)} "
-            f"{'of a float dtype' if expected is None else expected} on {like.device}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: strides {tensor.stride()}, expected a contiguous {list(shape)}")
-
-
-def check_labels(labels_N: Tensor, columns: int) -> None:
-    """Labels are read on the CPU only: on CUDA the kernel makes a bad one's loss NaN instead,
-    for a look at them here would stall the stream."""
-    if labels_N.device.type != "cpu" or torch.compiler.is_compiling() or not labels_N.numel():
-        return
-    bad = (labels_N != IGNORE) & ((labels_N < 0) | (labels_N >= columns))
-    if bad.any():
-        raise ValueError(
-            f"labels_N: {int(labels_N[bad][0])}, expected {IGNORE} or 0 to {columns - 1}"
-        )
-
-
 def _check_cached(head: Head, divergence: Divergence, temperature: float) -> None:
     """The identity needs logits that are linear in r, at one temperature (docs/performance.md)."""
     if head.softcap is not None:
@@ -152,7 +121,3 @@ def _check_cached(head: Head, divergence: Divergence, temperature: float) -> Non
         raise ValueError(f"divergence: {divergence.name}, a cached teacher knows forward_kl only")
     if temperature != 1.0:
         raise ValueError(f"temperature: {temperature}, a cached teacher belongs to temperature 1")
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -1,9 +1,10 @@
 """The definition of token_align, in plain torch.
 
 Shapes: B batch, S student length, D student width, H teacher width, A teacher rows used,
-P packed rows.
+R source rows, U most uses of one row, P packed rows.
 """
 
+import torch
 from torch import Tensor, cat
 from torch.nn.functional import linear
 
@@ -14,17 +15,20 @@ def token_align_reference(
     proj_pre_weight_DH: Tensor,
     source_P: Tensor,
 ) -> Tensor:
-    """Project the teacher's rows (Proj-pre) and gather both sides into the packed sequences.
-
-    source_P (int32): i >= 0 takes row i of student_hidden [B*S], i < 0 teacher row -i-1.
-    Returns packed_PD in the student's dtype. Gradients flow to the student's rows and to the
-    weight, never to the teacher's rows (frozen). All teacher rows are projected once, also when
-    the mixed and the regular sequence share them: dW sums over both uses.
-    Source: paper section 3.2, `[z_qs ; Proj-pre(z_al)]` and `[Proj-pre(z_ql) ; Proj-pre(z_al)]`.
-    """
-    projected_AD = linear(teacher_rows_AH.detach().to(proj_pre_weight_DH.dtype), proj_pre_weight_DH)
+    """packed_PD; see token_align. Under autograd its gradients are the definition too."""
+    projected_AD = linear(teacher_rows_AH.detach(), proj_pre_weight_DH)
     student_rows = student_hidden_BSD.flatten(0, 1)
-    num_student_rows = student_rows.shape[0]
     source = source_P.long()
-    row = source.where(source >= 0, num_student_rows - 1 - source)
-    return cat([student_rows, projected_AD.to(student_rows.dtype)]).index_select(0, row)
+    row = source.where(source >= 0, student_rows.shape[0] - 1 - source)
+    return cat([student_rows, projected_AD]).index_select(0, row)
+
+
+def sum_uses(grad_PD: Tensor, uses_RU: Tensor) -> Tensor:
+    """[R, D]: the sum of grad rows that each source row was used in, 0 for none; summed in fp32."""
+    padded = cat([grad_PD, grad_PD.new_zeros(1, grad_PD.shape[1])])
+    used = uses_RU.long().where(uses_RU >= 0, grad_PD.shape[0])
+    wide = torch.promote_types(grad_PD.dtype, torch.float32)
+    total_RD = grad_PD.new_zeros(uses_RU.shape[0], grad_PD.shape[1], dtype=wide)
+    for column in used.unbind(1):
+        total_RD += padded.index_select(0, column)
+    return total_RD.to(grad_PD.dtype)

@@ -44,6 +44,7 @@ def test_mixed_packing_of_two_turns():
     # turn 1 predicts from s1 and its first two answer rows, turn 2 from s6 and one answer row
     assert packing.loss_rows.tolist() == [1, 2, 3, 7, 8]
     assert (packing.num_sequences, packing.max_seqlen) == (1, 10)
+    assert packing.cu_seqlens.tolist() == [0, 10] and packing.cu_seqlens.dtype == torch.int32
 
 
 def test_regular_pass_shares_answer_rows_and_loss_rows():
@@ -117,3 +118,19 @@ def test_truncation_drops_the_same_turn_on_both_sides():
 def test_unusable_samples_have_a_reason(teacher, student, image, reason):
     with pytest.raises(Unusable, match=reason):
         encode_pair(messages(image), [], {"teacher": teacher, "student": student})
+
+
+@pytest.mark.parametrize("with_regular", [False, True])
+def test_uses_invert_the_source_map(with_regular):
+    """token_align's backward reads them instead of adding atomically."""
+    batch = collate([PAIR, PAIR], PLACEHOLDER, RULES, with_regular)
+    packing, num_student = batch.teacher.packing, batch.student.inputs.input_ids.numel()
+    assert packing.uses_RU.shape[0] == num_student + len(batch.teacher.rows_A)
+    assert packing.uses_RU.shape[1] == 1 + with_regular
+    rebuilt = torch.full_like(packing.source_P, 999)
+    for row, uses in enumerate(packing.uses_RU.tolist()):
+        for use in uses:
+            if use >= 0:
+                rebuilt[use] = row if row < num_student else num_student - 1 - row
+    assert torch.equal(rebuilt, packing.source_P)
+    assert packing.cu_seqlens.diff().sum() == len(packing.source_P)

@@ -68,7 +68,11 @@ def pack(lengths):
     sequence = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
     positions = torch.cat([torch.arange(n) for n in lengths])
     source = torch.arange(total, dtype=torch.int32)
-    return Packing(source, sequence, positions, torch.arange(total), len(lengths), max(lengths))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Packing(
+        source, source[:, None].clone(), sequence, positions, torch.arange(total), cu_seqlens,
+        len(lengths), max(lengths),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl-7b", "internvl2.5-8b"])

@@ -1,0 +1,44 @@
+"""Refusals that both operations share: one line, naming the argument and what would fit."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from genrecal_ds.ops import IGNORE
+
+
+def expect(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype | None | Literal["same"] = "same",
+) -> None:
+    """Refuse another shape, dtype ("same": of `like`; None: any float), device or layout."""
+    expected = like.dtype if dtype == "same" else dtype
+    fits_dtype = tensor.is_floating_point() if expected is None else tensor.dtype == expected
+    if tensor.shape != shape or not fits_dtype or tensor.device != like.device:
+        raise ValueError(
+            f"{name}: {shown(tensor)}, expected {list(shape)} "
+            f"{'of a float dtype' if expected is None else expected} on {like.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: strides {tensor.stride()}, expected a contiguous {list(shape)}")
+
+
+def check_labels(labels_N: Tensor, columns: int) -> None:
+    """Labels are read on the CPU only: on CUDA the kernel makes a bad one's loss NaN instead,
+    for a look at them here would stall the stream."""
+    if labels_N.device.type != "cpu" or torch.compiler.is_compiling() or not labels_N.numel():
+        return
+    bad = (labels_N != IGNORE) & ((labels_N < 0) | (labels_N >= columns))
+    if bad.any():
+        raise ValueError(
+            f"labels_N: {int(labels_N[bad][0])}, expected {IGNORE} or 0 to {columns - 1}"
+        )
+
+
+def shown(tensor: Tensor) -> str:
+    """Shape, dtype and device, for a message."""
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
