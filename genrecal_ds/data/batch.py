@@ -23,6 +23,20 @@ from genrecal_ds.data.pair import EncodedChat, Pair
 IGNORE = -100  # label of rows that teach nothing
 
 
+class Turns(NamedTuple):
+    """For the block whose output is read at the loss rows alone: what each turn attends to.
+
+    A turn's loss rows are consecutive, and see their sequence up to the last of them. Sequences
+    of several turns repeat their keys, so that each turn is one span of its own.
+    """
+
+    keys: Tensor  # int64: packed rows, turn by turn
+    cu_queries: Tensor  # int32 [turns + 1], into loss_rows
+    cu_keys: Tensor  # int32 [turns + 1], into keys
+    max_queries: int
+    max_keys: int
+
+
 class Packing(NamedTuple):
     """Where every packed row comes from, and which rows predict.
 
@@ -37,6 +51,7 @@ class Packing(NamedTuple):
     position_ids_P: Tensor  # int64; NPE: 0..n-1 within each sequence
     loss_rows: Tensor  # int64 [N], or [2N] with the regular pass
     cu_seqlens: Tensor  # int32 [C + 1]; sequence c is the packed rows cu_seqlens[c : c + 2]
+    turns: Turns
     num_sequences: int
     max_seqlen: int
 
@@ -211,29 +226,41 @@ def _pack(
             for turns, answer in zip(questions, answers, strict=True)
         ]
     source: list[np.ndarray] = []
-    sequence, positions, loss_rows, offset = [], [], [], 0
+    sequence, positions, loss_rows, keys, offset = [], [], [], [], 0
     for number, (turn_questions, turn_answers) in enumerate(sequences):
         length = 0
         for question, answer in zip(turn_questions, turn_answers, strict=True):
             source += [question, -answer - 1]
             boundary = offset + length + len(question) - 1
             loss_rows.append(np.arange(boundary, boundary + len(answer)))
+            keys.append(np.arange(offset, boundary + len(answer)))
             length += len(question) + len(answer)
         sequence.append(np.full(length, number))
         positions.append(np.arange(length))
         offset += length
     source_P = np.concatenate(source)
-    lengths = np.array([len(run) for run in positions])
     return Packing(
         _tensor(source_P, np.int32),
         _tensor(_uses(source_P, len(pairs) * student_width, num_teacher_rows), np.int32),
         _tensor(np.concatenate(sequence)),
         _tensor(np.concatenate(positions)),
         _tensor(np.concatenate(loss_rows)),
-        _tensor(np.concatenate([[0], lengths.cumsum()]), np.int32),
+        _cumulative(sequence),
+        Turns(
+            _tensor(np.concatenate(keys)),
+            _cumulative(loss_rows),
+            _cumulative(keys),
+            max_queries=max(map(len, loss_rows)),
+            max_keys=max(map(len, keys)),
+        ),
         num_sequences=len(sequences),
-        max_seqlen=int(lengths.max()),
+        max_seqlen=max(map(len, sequence)),
     )
+
+
+def _cumulative(runs: list[np.ndarray]) -> Tensor:
+    """int32 [runs + 1]: where each run begins, and the end of the last."""
+    return _tensor(np.cumsum([0, *map(len, runs)]), np.int32)
 
 
 def _uses(source_P: np.ndarray, num_student_rows: int, num_teacher_rows: int) -> np.ndarray:

@@ -3,7 +3,7 @@
     [z_qs ; Proj-pre(z_al)] -> Rec-body -> Proj-post -> norm      (mixed, paper section 3.2)
 
 Shapes: B batch, S student length, D student width, H teacher width, A teacher rows used,
-P packed rows, C packed sequences, L longest of them, N loss rows.
+P packed rows, N loss rows.
 """
 
 import copy
@@ -17,6 +17,8 @@ from transformers import AutoModel, PreTrainedConfig
 
 from genrecal_ds.data.batch import Packing
 from genrecal_ds.errors import UserError
+from genrecal_ds.models.attention import Backend
+from genrecal_ds.models.packed_blocks import check_family, packed_forward
 from genrecal_ds.ops.token_align import token_align
 
 
@@ -47,9 +49,17 @@ class Recalibrator(nn.Module):
         teacher_width: int,
         depth: int = 2,
         dtype: torch.dtype = torch.float32,
+        packed_attention: Backend | None = None,
     ):
+        """packed_attention: None runs transformers' decoder; a backend runs packed_blocks.py.
+
+        Raises UserError for packed blocks of a family that has none.
+        """
         super().__init__()
         config = block_config(text_config, depth)
+        if packed_attention is not None:
+            check_family(config.model_type)
+        self.packed_attention = packed_attention
         width, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
         self.proj_pre = TokenAlign(width, teacher_width, dtype)
         # dtype is given, never cast to later: .to(bf16) would round the rotary buffer too.
@@ -73,22 +83,29 @@ class Recalibrator(nn.Module):
     ) -> Tensor:
         """rows [N, H] for packing.loss_rows, ready for the teacher's head.
 
-        The blocks see each sequence right-padded to the longest: under a causal mask no real
-        row can attend to the padding behind it, so no padding mask is needed.
         Proj-post and the norm run on the loss rows only; no other row is read.
         """
         packed_PD = self.proj_pre(student_hidden_BSD, teacher_rows_AH, packing)
-        slot_P = packing.sequence_P * packing.max_seqlen + packing.position_ids_P
-        flat = packed_PD.new_zeros(packing.num_sequences * packing.max_seqlen, packed_PD.shape[-1])
-        padded_CLD = flat.index_copy(0, slot_P, packed_PD).unflatten(0, (-1, packing.max_seqlen))
-        position_ids = torch.arange(packing.max_seqlen, device=packed_PD.device)
-        hidden_CLD = self.blocks(
-            inputs_embeds=padded_CLD,
-            position_ids=position_ids.expand(packing.num_sequences, -1),
+        if self.packed_attention is None:
+            rows_ND = self._transformers_blocks(packed_PD, packing)
+        else:
+            rows_ND = packed_forward(
+                self.blocks, packed_PD, packing, packing.loss_rows, self.packed_attention
+            )
+        return self.norm(self.proj_post(rows_ND))
+
+    def _transformers_blocks(self, packed_PD: Tensor, packing: Packing) -> Tensor:
+        """Any family's own decoder, on one row of all sequences under a block-diagonal mask."""
+        sequence_P, positions_P = packing.sequence_P, packing.position_ids_P
+        same_PP = sequence_P[:, None] == sequence_P
+        mask_PP = same_PP & (positions_P[:, None] >= positions_P)
+        hidden_1PD = self.blocks(
+            inputs_embeds=packed_PD[None],
+            attention_mask=mask_PP[None, None],
+            position_ids=positions_P[None],
             use_cache=False,
         ).last_hidden_state
-        rows_ND = hidden_CLD.flatten(0, 1).index_select(0, slot_P[packing.loss_rows])
-        return self.norm(self.proj_post(rows_ND))
+        return hidden_1PD[0].index_select(0, packing.loss_rows)
 
 
 def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:

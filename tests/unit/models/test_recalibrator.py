@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from genrecal_ds.data.batch import Packing
+from genrecal_ds.data.batch import Packing, Turns
 from genrecal_ds.models.recalibrator import (
     Recalibrator,
     block_config,
@@ -69,9 +69,10 @@ def pack(lengths):
     positions = torch.cat([torch.arange(n) for n in lengths])
     source = torch.arange(total, dtype=torch.int32)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    turns = Turns(torch.arange(total), cu_seqlens, cu_seqlens, max(lengths), max(lengths))
     return Packing(
         source, source[:, None].clone(), sequence, positions, torch.arange(total), cu_seqlens,
-        len(lengths), max(lengths),
+        turns, len(lengths), max(lengths),
     )  # fmt: skip
 
 
