@@ -63,6 +63,15 @@ class BatchConfig(Section):
 
 class RecalibratorConfig(Section):
     depth: int = Field(2, gt=0)  # decoder blocks of the Rec-body
+    # packed: no padding, the last block on loss rows alone; auto: packed where the family has it
+    blocks: Literal["auto", "packed", "transformers"] = "auto"
+    attention: Literal["sdpa", "varlen", "flash"] = "sdpa"  # of packed blocks; never falls back
+
+    @model_validator(mode="after")
+    def _attention_is_of_packed_blocks(self) -> "RecalibratorConfig":
+        if self.attention != "sdpa" and self.blocks == "transformers":
+            raise ValueError(f"attention: {self.attention} needs blocks: packed")
+        return self
 
 
 class LossConfig(Section):
@@ -161,6 +170,8 @@ class Recipe(Section):
     resume: Literal["auto", "never", "new_data"] = "auto"
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
     teacher: ModelSource | None = None
+    # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
+    teacher_head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     student: ModelSource
     data: DataConfig
     batch: BatchConfig

@@ -73,7 +73,7 @@ def _check_versions() -> None:
 def _dry_run(recipe: Recipe) -> int:
     import yaml
 
-    from genrecal_ds.training.build import describe, open_inputs
+    from genrecal_ds.training.build import describe, describe_blocks, open_inputs
 
     open_inputs(recipe)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -81,6 +81,8 @@ def _dry_run(recipe: Recipe) -> int:
         print(f"stage {stage.name} ({stage.kind})")
         for part, count, trains in describe(recipe, stage):
             print(f"  {part:<20} {count:>15,} parameters  {'trains' if trains else 'frozen'}")
+    if any(stage.needs_teacher for stage in recipe.stages):
+        print(f"recalibrator: {describe_blocks(recipe)}")
     return 0
 
 

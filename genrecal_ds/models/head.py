@@ -1,30 +1,117 @@
-"""The teacher's frozen head and final norm, read from its folder without building the model.
+"""The teacher's frozen head, read from its folder without building the model, and where it lies.
 
-Replicated on every rank: it is under 2 % of a GPU, and streaming it needs no collective.
+    replicated       whole on every rank: under 2 % of a GPU, and no collective. The default
+    gathered         a share per rank; whole for the length of one call (all-gather of V H)
+    vocab_parallel   a share per rank, never whole; rows travel instead (ops/head_loss)
+
+The gradient of the rows is formed in the forward, so no placement gathers anything in backward,
+and no optimizer, checkpoint or ZeRO partition ever sees the head.
+
+Shapes: K passes, N loss rows, H teacher width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from genrecal_ds import dist
+from genrecal_ds.errors import UserError
 from genrecal_ds.models.loading import Checkpoint
-from genrecal_ds.ops.head_loss import Head
+from genrecal_ds.ops.head_loss import Head, HeadLoss, head_loss
+from genrecal_ds.ops.head_loss.vocab_parallel import all_gather, head_loss_vocab_parallel
+
+Placement = Literal["replicated", "gathered", "vocab_parallel"]
+
+
+class FrozenHead(Protocol):
+    """What an objective sees of the teacher's head."""
+
+    def loss(
+        self,
+        rows_KNH: Tensor,
+        teacher_rows_NH: Tensor,
+        labels_N: Tensor,
+        ce_weights: Sequence[float],
+        kl_weights: Sequence[float],
+    ) -> HeadLoss:
+        """head_loss of this rank's rows; a collective call unless the head is replicated."""
+        ...
+
+
+class ReplicatedHead:
+    def __init__(self, head: Head):
+        self.head = head
+
+    def loss(self, rows_KNH, teacher_rows_NH, labels_N, ce_weights, kl_weights) -> HeadLoss:
+        return head_loss(rows_KNH, teacher_rows_NH, labels_N, self.head, ce_weights, kl_weights)
+
+
+class GatheredHead:
+    """Equal shares of whole rows, the last padded with zeros that count in no softmax."""
+
+    def __init__(self, share: Head, vocabulary: int):
+        self.share, self.vocabulary = share, vocabulary
+
+    def loss(self, rows_KNH, teacher_rows_NH, labels_N, ce_weights, kl_weights) -> HeadLoss:
+        head = self.share._replace(
+            weight_VH=_gather(self.share.weight_VH),
+            bias_V=None if self.share.bias_V is None else _gather(self.share.bias_V),
+            valid_vocab=self.vocabulary,
+        )
+        return head_loss(rows_KNH, teacher_rows_NH, labels_N, head, ce_weights, kl_weights)
+
+
+class VocabParallelHead:
+    def __init__(self, share: Head, first_column: int):
+        self.share, self.first_column = share, first_column
+
+    def loss(self, rows_KNH, teacher_rows_NH, labels_N, ce_weights, kl_weights) -> HeadLoss:
+        return head_loss_vocab_parallel(
+            rows_KNH, teacher_rows_NH, labels_N, self.share, self.first_column,
+            ce_weights, kl_weights,
+        )  # fmt: skip
+
+
+def place_frozen_head(
+    folder: str | Path, dtype: torch.dtype, device: torch.device, placement: Placement
+) -> FrozenHead:
+    """The teacher's head where the recipe wants it; a rank reads only the rows it keeps."""
+    if placement == "replicated" or dist.world_size() == 1:
+        return ReplicatedHead(load_frozen_head(folder, dtype, device))
+    checkpoint = Checkpoint(folder)
+    weight, bias = _names(checkpoint)
+    vocabulary, width = checkpoint.shape(weight)
+    ranks, rank = dist.world_size(), dist.rank()
+    if vocabulary < ranks:
+        raise UserError(f"teacher_head: {placement} over {ranks} ranks, {vocabulary} columns")
+    share = -(-vocabulary // ranks)
+    first, last = rank * share, (rank + 1) * share
+    if placement == "vocab_parallel":  # as equal as whole columns allow, and none without any
+        first, last = rank * vocabulary // ranks, (rank + 1) * vocabulary // ranks
+
+    def rows(name: str, size: int) -> Tensor:
+        start, stop = min(first, vocabulary), min(last, vocabulary)
+        read = checkpoint.flat_range(name, start * size, stop * size).to(device, dtype)
+        return torch.cat([read, read.new_zeros((last - first) * size - len(read))])
+
+    head = Head(
+        rows(weight, width).view(last - first, width), None if bias is None else rows(bias, 1)
+    )
+    if placement == "gathered":
+        return GatheredHead(head, vocabulary)
+    return VocabParallelHead(head, first)
 
 
 def load_frozen_head(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Head:
     """The teacher's head [V, H] as plain tensors; the embedding when the model is tied."""
     checkpoint = Checkpoint(folder)
-    embedding = next(
-        (name for name in checkpoint.names if name.endswith("embed_tokens.weight")), None
-    )
-    name = next((name for name in checkpoint.names if name.endswith("lm_head.weight")), embedding)
-    if name is None:
-        raise ValueError(f"{folder}: neither lm_head.weight nor embed_tokens.weight in its files")
-    bias = name.removesuffix("weight") + "bias"
+    weight, bias = _names(checkpoint)
     return Head(
-        checkpoint.tensor(name).to(device, dtype),
-        checkpoint.tensor(bias).to(device, dtype) if bias in checkpoint.names else None,
+        checkpoint.tensor(weight).to(device, dtype),
+        None if bias is None else checkpoint.tensor(bias).to(device, dtype),
     )
 
 
@@ -37,3 +124,22 @@ def load_final_norm(folder: str | Path) -> Tensor | None:
             if name.endswith(suffix) and "visual" not in name and "vision" not in name:
                 return checkpoint.tensor(name)
     return None
+
+
+def _names(checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """Names of the head's weight and bias in the files."""
+    names = checkpoint.names
+    embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
+    weight = next((name for name in names if name.endswith("lm_head.weight")), embedding)
+    if weight is None:
+        raise ValueError(
+            f"{checkpoint.folder}: neither lm_head.weight nor embed_tokens.weight in its files"
+        )
+    bias = weight.removesuffix("weight") + "bias"
+    return weight, bias if bias in names else None
+
+
+def _gather(share: Tensor) -> Tensor:
+    whole = share.new_empty(dist.world_size() * share.shape[0], *share.shape[1:])
+    all_gather(whole, share)
+    return whole

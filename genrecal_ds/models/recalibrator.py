@@ -3,12 +3,13 @@
     [z_qs ; Proj-pre(z_al)] -> Rec-body -> Proj-post -> norm      (mixed, paper section 3.2)
 
 Shapes: B batch, S student length, D student width, H teacher width, A teacher rows used,
-P packed rows, N loss rows.
+P packed rows, C packed sequences, L longest of them, N loss rows.
 """
 
 import copy
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,8 +19,10 @@ from transformers import AutoModel, PreTrainedConfig
 from genrecal_ds.data.batch import Packing
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend
-from genrecal_ds.models.packed_blocks import check_family, packed_forward
+from genrecal_ds.models.packed_blocks import MODEL_TYPES, check_family, packed_forward
 from genrecal_ds.ops.token_align import token_align
+
+Blocks = Literal["auto", "packed", "transformers"]
 
 
 class TokenAlign(nn.Module):
@@ -49,17 +52,16 @@ class Recalibrator(nn.Module):
         teacher_width: int,
         depth: int = 2,
         dtype: torch.dtype = torch.float32,
-        packed_attention: Backend | None = None,
+        blocks: Blocks = "auto",
+        attention: Backend = "sdpa",
     ):
-        """packed_attention: None runs transformers' decoder; a backend runs packed_blocks.py.
+        """blocks: `packed` (packed_blocks.py), `transformers`' own, or `auto`, packed if it can.
 
         Raises UserError for packed blocks of a family that has none.
         """
         super().__init__()
         config = block_config(text_config, depth)
-        if packed_attention is not None:
-            check_family(config.model_type)
-        self.packed_attention = packed_attention
+        self.packed_attention = choose_blocks(config.model_type, blocks, attention)
         width, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
         self.proj_pre = TokenAlign(width, teacher_width, dtype)
         # dtype is given, never cast to later: .to(bf16) would round the rotary buffer too.
@@ -95,17 +97,35 @@ class Recalibrator(nn.Module):
         return self.norm(self.proj_post(rows_ND))
 
     def _transformers_blocks(self, packed_PD: Tensor, packing: Packing) -> Tensor:
-        """Any family's own decoder, on one row of all sequences under a block-diagonal mask."""
-        sequence_P, positions_P = packing.sequence_P, packing.position_ids_P
-        same_PP = sequence_P[:, None] == sequence_P
-        mask_PP = same_PP & (positions_P[:, None] >= positions_P)
-        hidden_1PD = self.blocks(
-            inputs_embeds=packed_PD[None],
-            attention_mask=mask_PP[None, None],
-            position_ids=positions_P[None],
+        """Any family's own decoder, over sequences right-padded to the longest.
+
+        No padding mask: under a causal one no real row attends to the padding behind it. One row
+        of all sequences under a block mask was two to three times slower (docs/performance.md).
+        """
+        num_sequences, longest = packing.num_sequences, packing.max_seqlen
+        slot_P = packing.sequence_P * longest + packing.position_ids_P
+        flat = packed_PD.new_zeros(num_sequences * longest, packed_PD.shape[-1])
+        padded_CLD = flat.index_copy(0, slot_P, packed_PD).unflatten(0, (-1, longest))
+        position_ids = torch.arange(longest, device=packed_PD.device)
+        hidden_CLD = self.blocks(
+            inputs_embeds=padded_CLD,
+            position_ids=position_ids.expand(num_sequences, -1),
             use_cache=False,
         ).last_hidden_state
-        return hidden_1PD[0].index_select(0, packing.loss_rows)
+        return hidden_CLD.flatten(0, 1).index_select(0, slot_P[packing.loss_rows])
+
+
+def choose_blocks(model_type: str, blocks: Blocks, attention: Backend) -> Backend | None:
+    """The packed blocks' attention backend, or None for transformers' blocks."""
+    if blocks == "packed" or (blocks == "auto" and model_type in MODEL_TYPES):
+        check_family(model_type)
+        return attention
+    if attention != "sdpa":
+        raise UserError(
+            f"recalibrator.attention: {attention} needs packed blocks, not transformers' own of "
+            f"{model_type}; take sdpa"
+        )
+    return None
 
 
 def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from genrecal_ds.config import LossConfig
 from genrecal_ds.data.batch import IGNORE, PairBatch, TeacherBatch
 from genrecal_ds.metrics import Clock, Report
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.supervised import student_ce
-from genrecal_ds.ops.head_loss import Head, head_loss
 
 
 class GenRecal(nn.Module):
-    """Owns what trains: the student and the Recalibrator. The teacher's head is a plain tensor,
-    frozen and replicated: no optimizer, checkpoint or collective ever sees it."""
+    """Owns what trains: the student and the Recalibrator. The teacher's head is plain tensors,
+    frozen: no optimizer and no checkpoint ever sees it (models/head.py)."""
 
     def __init__(
         self,
         student: VLM,
         recalibrator: Recalibrator,
-        teacher_head: Head,
+        teacher_head: FrozenHead,
         losses: LossConfig,
         trains_student: bool,
         clock: Clock | None = None,
@@ -83,10 +83,9 @@ class GenRecal(nn.Module):
         if self.with_regular:
             ce_weights.append(float("ce" in losses.regularizer))
             kl_weights.append(float("kl" in losses.regularizer))
-        out = head_loss(
-            rows_KNH, teacher_rows.targets_NH, teacher.labels_N, self.teacher_head,
-            ce_weights, kl_weights,
-        )  # fmt: skip
+        out = self.teacher_head.loss(
+            rows_KNH, teacher_rows.targets_NH, teacher.labels_N, ce_weights, kl_weights
+        )
         for k, prefix in enumerate(("", "regular_")[: len(rows_KNH)]):
             report.add_rows(f"{prefix}ar", out.ce_KN[k], teacher.boundary_N, valid_N)
             report.add_rows(f"{prefix}kl", out.kl_KN[k], teacher.boundary_N, valid_N)
@@ -129,8 +128,8 @@ class GenRecal(nn.Module):
                     ("other", ~teacher.boundary_N),
                 ):
                     labels_N = teacher.labels_N.where(keep_N, IGNORE)
-                    term = head_loss(
-                        rows_KNH, teacher_rows.targets_NH, labels_N, self.teacher_head, *weights
+                    term = self.teacher_head.loss(
+                        rows_KNH, teacher_rows.targets_NH, labels_N, *weights
                     ).loss_sum
                     (gradient,) = torch.autograd.grad(term, leaf_BSD, retain_graph=True)
                     square = (gradient.float() / totals.teacher_rows).square().sum()

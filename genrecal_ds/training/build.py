@@ -20,10 +20,16 @@ from genrecal_ds.data.plan import Order, StepPlan
 from genrecal_ds.data.store import ShardStore
 from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
+from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import load_final_norm, load_frozen_head
+from genrecal_ds.models.head import load_final_norm, place_frozen_head
 from genrecal_ds.models.loading import Checkpoint, file_names
-from genrecal_ds.models.recalibrator import Recalibrator, load_recalibrator, save_recalibrator
+from genrecal_ds.models.recalibrator import (
+    Recalibrator,
+    choose_blocks,
+    load_recalibrator,
+    save_recalibrator,
+)
 from genrecal_ds.models.vlm import VLM, TeacherBody, read_config
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.supervised import Supervised
@@ -193,7 +199,9 @@ def _objective(
     if not STAGES[stage.kind].recalibrator:
         return Supervised(student, stage.losses, clock)
     assert recipe.teacher is not None
-    head = load_frozen_head(recipe.teacher.path, DTYPES[recipe.precision], dist.device())
+    head = place_frozen_head(
+        recipe.teacher.path, DTYPES[recipe.precision], dist.device(), recipe.teacher_head
+    )
     recalibrator = new_recalibrator(recipe, student)
     if recalibrator_folder:
         load_recalibrator(recalibrator, recalibrator_folder)
@@ -211,7 +219,10 @@ def new_recalibrator(recipe: Recipe, student: VLM) -> Recalibrator:
         teacher_config.hidden_size,
         recipe.recalibrator.depth,
         DTYPES[recipe.precision],
+        recipe.recalibrator.blocks,
+        recipe.recalibrator.attention,
     )
+    check_backend(recipe.recalibrator.attention, dist.device(), DTYPES[recipe.precision])
     std = getattr(student.text_config, "initializer_range", 0.02)
     recalibrator.initialize(std, load_final_norm(recipe.teacher.path))
     return recalibrator
@@ -231,6 +242,16 @@ def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[
     return export
 
 
+def describe_blocks(recipe: Recipe) -> str:
+    """Which blocks and attention the Recalibrator runs. Raises UserError if it cannot."""
+    text_config = read_config(recipe.student.path).get_text_config()
+    choice, family = recipe.recalibrator, text_config.model_type
+    attention = choose_blocks(family, choice.blocks, choice.attention)
+    if attention is None:
+        return f"transformers' own {family} blocks, sequences padded"
+    return f"packed {family} blocks, attention {attention}"
+
+
 def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, bool]]:
     """(part, parameters, trains) of a stage, on the meta device: needs no memory and no weights."""
     with torch.device("meta"):
@@ -248,5 +269,13 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, boo
         if STAGES[stage.kind].recalibrator:
             assert recipe.teacher is not None
             width = read_config(recipe.teacher.path).get_text_config().hidden_size
-            recalibrator = Recalibrator(student.text_config, width, recipe.recalibrator.depth)
+            chosen = recipe.recalibrator
+            recalibrator = Recalibrator(
+                student.text_config,
+                width,
+                chosen.depth,
+                torch.float32,
+                chosen.blocks,
+                chosen.attention,
+            )
             yield "recalibrator", sum(p.numel() for p in recalibrator.parameters()), True

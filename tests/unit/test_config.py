@@ -188,3 +188,4 @@ def test_dry_run_prints_tree_and_what_trains(tmp_path, pair, shards):
     align, distill = stages.split("stage distill (distill)")
     assert "student.layers" in align and align.count("trains") == 1
     assert distill.count("trains") == 3  # layers, norm, recalibrator
+    assert "recalibrator: packed qwen2 blocks, attention sdpa" in distill

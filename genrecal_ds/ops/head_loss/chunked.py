@@ -57,13 +57,18 @@ def epilogue_of(
     return softmax_epilogue_
 
 
-def chunk_size(num_rows: int, num_passes: int, has_logits_of_teacher: bool, weight: Tensor) -> int:
-    """Rows of one chunk, from the byte budget of the weight's device."""
+def chunk_size(
+    num_rows: int,
+    num_passes: int,
+    has_logits_of_teacher: bool,
+    weight: Tensor,
+    columns: int | None = None,
+) -> int:
+    """Rows of one chunk, from the byte budget of the weight's device; columns: default its own."""
     kind = "cuda" if weight.is_cuda else "cpu"
-    per_logit = torch.empty((), dtype=wide(weight)).element_size()
     matrices = num_passes + has_logits_of_teacher
     low = num_passes * weight.element_size() * (weight.dtype != wide(weight))
-    bytes_per_row = weight.shape[0] * (matrices * per_logit + low)
+    bytes_per_row = (columns or weight.shape[0]) * (matrices * wide(weight).itemsize + low)
     return rows_per_chunk(num_rows, bytes_per_row, CHUNK_BYTES[kind], CHUNK_MULTIPLE[kind])
 
 

@@ -56,13 +56,13 @@ def batch_of(conversations, with_regular=True):
 def make(model_type, depth=2):
     """The same Recalibrator over transformers' blocks and over packed ones, in fp64."""
     torch.manual_seed(0)
-    theirs = Recalibrator(config_of(model_type), H, depth).double()
+    theirs = Recalibrator(config_of(model_type), H, depth, blocks="transformers").double()
     theirs.initialize(0.3, torch.rand(H) + 0.5)
     with torch.no_grad():  # norms and biases off their neutral values
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    ours = Recalibrator(config_of(model_type), H, depth, packed_attention="sdpa").double()
+    ours = Recalibrator(config_of(model_type), H, depth, blocks="packed").double()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -143,9 +143,12 @@ def test_the_last_block_works_on_the_loss_rows_alone():
 
 def test_another_family_is_refused():
     config = AutoConfig.for_model("gemma2", **TINY)
-    Recalibrator(config, H)
+    assert Recalibrator(config, H).packed_attention is None
     with pytest.raises(UserError, match="recalibrator.blocks: packed is not known for gemma2"):
-        Recalibrator(config, H, packed_attention="sdpa")
+        Recalibrator(config, H, blocks="packed")
+    with pytest.raises(UserError, match="varlen needs packed blocks"):
+        Recalibrator(config, H, attention="varlen")
+    assert Recalibrator(config_of("qwen2"), H).packed_attention == "sdpa"
 
 
 def spans_of(query_lengths, key_lengths):

@@ -52,10 +52,15 @@ def test_rope_has_the_students_theta_and_no_scaling():
     assert block_config(text_config("qwen2-vl-7b"), 2).rope_parameters["mrope_section"]
 
 
-def tiny(name="qwen2-vl-7b"):
+@pytest.fixture(params=["packed", "transformers"])
+def blocks(request):
+    return request.param
+
+
+def tiny(name="qwen2-vl-7b", blocks="auto"):
     torch.manual_seed(0)
     config = text_config(name, **(TINY_QWEN if name.startswith("qwen") else TINY))
-    recalibrator = Recalibrator(config, teacher_width=24)
+    recalibrator = Recalibrator(config, teacher_width=24, blocks=blocks)
     norm = torch.rand(24) + 0.5
     recalibrator.initialize(0.3, norm)
     assert torch.equal(recalibrator.norm.weight, norm)
@@ -77,8 +82,8 @@ def pack(lengths):
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl-7b", "internvl2.5-8b"])
-def test_conversations_do_not_see_each_other_nor_the_padding(name):
-    recalibrator, lengths = tiny(name), [5, 9, 2]
+def test_conversations_do_not_see_each_other_nor_the_padding(name, blocks):
+    recalibrator, lengths = tiny(name, blocks), [5, 9, 2]
     hidden, no_teacher = torch.randn(1, sum(lengths), 32), torch.zeros(0, 24)
     together = recalibrator(hidden, no_teacher, pack(lengths))
     alone = [
@@ -88,8 +93,8 @@ def test_conversations_do_not_see_each_other_nor_the_padding(name):
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl-7b", "internvl2.5-8b"])
-def test_attention_is_causal_and_positions_matter(name):
-    recalibrator = tiny(name)
+def test_attention_is_causal_and_positions_matter(name, blocks):
+    recalibrator = tiny(name, blocks)
     hidden, no_teacher = torch.randn(1, 8, 32), torch.zeros(0, 24)
     before = recalibrator(hidden, no_teacher, pack([8]))
     changed = hidden.clone()
@@ -101,9 +106,9 @@ def test_attention_is_causal_and_positions_matter(name):
     assert (recalibrator(swapped, no_teacher, pack([8]))[-1] - before[-1]).abs().max() > 1e-4
 
 
-def test_blocks_follow_the_qwen_block_formula():
+def test_blocks_follow_the_qwen_block_formula(blocks):
     """One block, written out from its weights, in double precision."""
-    recalibrator = tiny("internvl2.5-8b").double()
+    recalibrator = tiny("internvl2.5-8b", blocks).double()
     hidden = torch.randn(1, 6, 32, dtype=torch.float64)
     out = recalibrator(hidden, torch.zeros(0, 24, dtype=torch.float64), pack([6]))
     x = hidden[0]
