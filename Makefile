@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-gpu bench-cpu bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -29,6 +29,12 @@ test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no
 
 bench-loader: setup ## the loader beside its peers, where they are installed
 	$(IN_VENV) .venv/bin/python -m benchmarks.loader
+
+bench-cpu: setup ## the fused operations on this CPU, beside bare GEMMs and the peers installed
+	$(IN_VENV) .venv/bin/python -m benchmarks.ops --out benchmarks/results/ops-cpu.json
+
+bench-gpu: ## the same on a GPU, on PYTHON as it is (torch, triton, transformers); no set-up
+	$(CHOSEN_PYTHON) -m benchmarks.ops --out benchmarks/results/ops-gpu.json
 
 lint: setup ## ruff check, ruff format --check, mypy
 	.venv/bin/ruff check .

@@ -27,8 +27,8 @@ def sum_uses(grad_PD: Tensor, uses_RU: Tensor) -> Tensor:
     """[R, D]: the sum of grad rows that each source row was used in, 0 for none; summed in fp32."""
     padded = cat([grad_PD, grad_PD.new_zeros(1, grad_PD.shape[1])])
     used = uses_RU.long().where(uses_RU >= 0, grad_PD.shape[0])
-    wide = torch.promote_types(grad_PD.dtype, torch.float32)
-    total_RD = grad_PD.new_zeros(uses_RU.shape[0], grad_PD.shape[1], dtype=wide)
-    for column in used.unbind(1):
+    first, *others = used.unbind(1)
+    total_RD = padded.index_select(0, first).to(torch.promote_types(grad_PD.dtype, torch.float32))
+    for column in others:
         total_RD += padded.index_select(0, column)
     return total_RD.to(grad_PD.dtype)
