@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 
@@ -15,8 +16,9 @@ def chosen(impl: str, tensor: Tensor) -> str:
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl: {impl!r}, expected auto, triton or torch")
     installed = importlib.util.find_spec("triton") is not None
+    fits = tensor.is_cuda and tensor.dtype != torch.float64  # the kernels keep sums in fp32
     if impl == "auto":
-        return "triton" if tensor.is_cuda and installed else "torch"
+        return "triton" if fits and installed else "torch"
     if impl == "triton" and not installed:
         raise ValueError("impl: triton is not installed; take auto or torch")
     if impl == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -24,4 +26,6 @@ def chosen(impl: str, tensor: Tensor) -> str:
             f"impl: triton needs CUDA tensors (these are on {tensor.device}), or "
             f"TRITON_INTERPRET=1 to be interpreted"
         )
+    if impl == "triton" and tensor.is_cuda and not fits:
+        raise ValueError(f"impl: triton has no kernels for {tensor.dtype}; take auto or torch")
     return impl

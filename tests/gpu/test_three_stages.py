@@ -26,8 +26,8 @@ KINDS = ("align", "distill", "sft")
 
 
 def launch(recipe: Path, *overrides: str, **env: str) -> str:
-    program = Path(sys.executable).parent / "deepspeed"
-    command = [str(program), "--num_accelerators", "1", "launch/train.py", str(recipe), *overrides]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    command = [*launcher, "launch/train.py", str(recipe), *overrides]
     result = subprocess.run(
         command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=240
     )

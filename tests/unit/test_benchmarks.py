@@ -1,11 +1,16 @@
 """The benchmarks run and compare like with like; no timing is tested."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import head_cases, ops
 from benchmarks.contestants import Ours, Webdataset
+from benchmarks.head_cases import Numbers
 from benchmarks.loader import balance, make_samples, race, touch
+from benchmarks.race import peak_bytes
 from data_tools.builder import build
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
@@ -40,3 +45,37 @@ def test_the_plan_pads_and_waits_less_than_chance() -> None:
     chance, dealt, sorted_too = balance(4000).values()
     assert 1 <= sorted_too["padded"] < dealt["padded"] < chance["padded"]
     assert 1 <= sorted_too["waiting"] < dealt["waiting"] < chance["waiting"]
+
+
+def test_cases_of_the_operations_run_and_their_contestants_agree(tmp_path: Path, capsys) -> None:
+    """At toy size; head_case itself raises when two contestants compute different gradients."""
+    out = tmp_path / "ops.json"
+    assert ops.main(["--rounds", "1", "--scale", "0.02", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())["results"]
+    assert {row["case"] for row in results} == set(ops.CPU_CASES)
+    assert "| C1 | N=20 " in capsys.readouterr().out
+    for row in results:
+        first = next(iter(row["contestants"].values()))
+        assert first["ratio"]["median"] == 1 and len(row["contestants"]) > 1
+
+
+def test_another_loss_is_noticed() -> None:
+    numbers = Numbers(32, 16, 128, torch.float32)
+    doubled = {"truth": head_cases.naive(numbers), "doubled": lambda: 2 * numbers.leaf()}
+    with pytest.raises(AssertionError, match="doubled differs from truth"):
+        head_cases.agree(doubled, "truth", 0.1)
+    with pytest.raises(SystemExit):
+        ops.main(["--cases", "G1"])
+
+
+def test_peak_bytes_counts_what_is_held_at_once() -> None:
+    def two_megabytes() -> None:
+        torch.ones(1 << 18).sum()
+        kept = torch.ones(1 << 18)
+        (kept + 1).sum()
+
+    assert peak_bytes(two_megabytes) == pytest.approx(2 << 20, rel=0.01)
+
+
+def test_gpu_cases_are_written_for_every_case_of_the_page() -> None:
+    assert list(ops.GPU_CASES) == ["G1", "G2", "G3", "G4", "G5", "G6", "G7"]

@@ -30,8 +30,8 @@ from genrecal_ds.ops.head_loss.epilogue import (
 )
 from genrecal_ds.ops.head_loss.variants import variant_epilogue_
 
-# Of one chunk's logits and dlogits. The CPU's keeps them near the third-level cache.
-CHUNK_BYTES = {"cuda": 1_600_000_000, "cpu": 48 << 20}
+# Of one chunk's logits and dlogits. Smaller chunks cost GEMM speed (docs/performance.md).
+CHUNK_BYTES = {"cuda": 1_600_000_000, "cpu": 64 << 20}
 CHUNK_MULTIPLE = {"cuda": 128, "cpu": 16}
 
 Epilogue = Callable[..., RowStats]  # called as softmax_epilogue_ is
@@ -95,8 +95,6 @@ def head_loss_forward(
         Coefficients(a + b, 0.0 if cached else b, a)
         for a, b in zip(ce_weights, kl_weights, strict=True)
     ]
-    a_K1 = torch.tensor(ce_weights, dtype=fp, device=rows_KNH.device).unsqueeze(-1)
-    b_K1 = torch.tensor(kl_weights, dtype=fp, device=rows_KNH.device).unsqueeze(-1)
     ce_KN = rows_KNH.new_zeros(num_passes, num_rows, dtype=fp)
     kl_KN, top1_KN = torch.zeros_like(ce_KN), torch.zeros_like(ce_KN, dtype=torch.bool)
     grad_KNH = torch.empty_like(rows_KNH) if needs_grad else rows_KNH.new_empty(0)
@@ -118,15 +116,36 @@ def head_loss_forward(
             top1_KN[:, part] = stats.top1_Kn == cached.top1_N[part]
         if needs_grad:
             grad_KnH = torch.mm(dlogits_mV, head.weight_VH).view(rows_KnH.shape)
-            if cached is not None:
-                on_m_Kn1 = (row_weights_N[part] * b_K1).unsqueeze(-1)
-                grad_KnH = grad_KnH - on_m_Kn1 * cached.mean_head_NH[part]
-            grad_KNH[:, part] = grad_KnH
-    # A term with weight 0 reads 0, and so does every row without a label.
+            for k, b in enumerate(kl_weights):
+                d_nH = grad_KnH[k]
+                if cached is not None:
+                    d_nH = d_nH - (b * row_weights_N[part, None]) * cached.mean_head_NH[part]
+                grad_KNH[k, part] = d_nH
     valid_N = row_weights_N != 0
-    ce_KN, kl_KN = ce_KN.where(valid_N & (a_K1 != 0), 0), kl_KN.where(valid_N & (b_K1 != 0), 0)
-    loss_sum = (a_K1 * ce_KN + b_K1 * kl_KN).sum()
-    return loss_sum, ce_KN, kl_KN, top1_KN & valid_N, grad_KNH
+    sums = sum_up(ce_KN, kl_KN, valid_N, ce_weights, kl_weights)
+    return *sums, top1_KN & valid_N, grad_KNH
+
+
+def sum_up(
+    ce_KN: Tensor,
+    kl_KN: Tensor,
+    valid_N: Tensor,
+    ce_weights: Sequence[float],
+    kl_weights: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss_sum, CE, KL): a term with weight 0 reads 0, and so does every row without a label.
+
+    The weights stay Python numbers: copied to the device they would make the host wait for it.
+    """
+    ce_KN, kl_KN = ce_KN.where(valid_N, 0), kl_KN.where(valid_N, 0)
+    loss_sum = ce_KN.new_zeros(())
+    for k, (a, b) in enumerate(zip(ce_weights, kl_weights, strict=True)):
+        for losses_N, weight in ((ce_KN[k], a), (kl_KN[k], b)):
+            if weight == 0:
+                losses_N.zero_()
+            else:
+                loss_sum = loss_sum + weight * losses_N.sum()
+    return loss_sum, ce_KN, kl_KN
 
 
 def cache_teacher(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genrecal_ds.ops import IGNORE
 from genrecal_ds.ops.gemm import project_, wide
-from genrecal_ds.ops.head_loss.chunked import chunk_size
+from genrecal_ds.ops.head_loss.chunked import chunk_size, sum_up
 from genrecal_ds.ops.head_loss.contract import Head, HeadLoss
 from genrecal_ds.ops.head_loss.epilogue import transform_
 
@@ -79,15 +79,16 @@ class _VocabParallel(torch.autograd.Function):
                     d = d_KnV.flatten(0, 1).to(weight.dtype) @ weight
                     grad_WKNH[owner, :, part] = d.view(passes, -1, width)
         own, valid_N = slice(0, num_rows), labels_N != IGNORE
-        ce_KN = losses[0, :, rank, own].where(valid_N & (a_K1 != 0), 0)
-        kl_KN = losses[1, :, rank, own].where(valid_N & (b_K1 != 0), 0)
+        loss_sum, ce_KN, kl_KN = sum_up(
+            losses[0, :, rank, own], losses[1, :, rank, own], valid_N, ce_weights, kl_weights
+        )
         top1_KN = top1[:, rank, own] & valid_N
         if grad_WKNH is not None:
             summed_KNH = grad_WKNH.new_empty(passes, longest, width)
             torch_dist.reduce_scatter_tensor(summed_KNH, grad_WKNH.flatten(0, 1), group=group)
             ctx.save_for_backward(summed_KNH[:, own])
         ctx.mark_non_differentiable(ce_KN, kl_KN, top1_KN)
-        return (a_K1 * ce_KN + b_K1 * kl_KN).sum(), ce_KN, kl_KN, top1_KN
+        return loss_sum, ce_KN, kl_KN, top1_KN
 
     @staticmethod
     def backward(ctx, grad_loss, *unused):
