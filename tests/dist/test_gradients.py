@@ -17,11 +17,12 @@ from tests.fixtures import ROOT, partitioning_ds_configs, run_ranks, write_recip
 pytestmark = pytest.mark.dist
 
 
-def recipe_for(folder, pair, shards, student, kind):
+def recipe_for(folder, pair, shards, student, kind, head):
     return write_recipe(
         folder / "recipe.yaml",
         run_dir=str(folder / "run"), precision="fp32",
         teacher={"path": str(pair / "teacher_init"), "max_length": 128},
+        teacher_head=head,
         student={"path": str(pair / student), "max_length": 128},
         data={"train": str(shards / "train")},
         batch={"global_batch": 8, "micro_batch": 2},
@@ -69,12 +70,13 @@ def reference_gradients(recipe_path, kind, result):
 
 
 @pytest.mark.parametrize(
-    "kind, student",
-    [("align", "student_init"), ("distill", "student_init"), ("distill", "student_untied"),
-     ("sft", "student_init"), ("sft", "student_untied")],
+    "kind, student, head",
+    [("align", "student_init", "replicated"), ("align", "student_init", "vocab_parallel"),
+     ("distill", "student_init", "replicated"), ("distill", "student_untied", "gathered"),
+     ("sft", "student_init", "replicated"), ("sft", "student_untied", "replicated")],
 )  # fmt: skip
-def test_gradients_equal_plain_torch(tmp_path, pair, shards, kind, student):
-    recipe = recipe_for(tmp_path, pair, shards, student, kind)
+def test_gradients_equal_plain_torch(tmp_path, pair, shards, kind, student, head):
+    recipe = recipe_for(tmp_path, pair, shards, student, kind, head)
     run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, kind, tmp_path / "result.pt"])
     result = torch.load(tmp_path / "result.pt")
     expected = reference_gradients(recipe, kind, result)
