@@ -59,7 +59,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "eval": EVALUATION,
-        "peers": ["liger-kernel"],
+        "peers": ["liger-kernel", "cut-cross-entropy"],  # make bench-cpu, bench-gpu
         "cloud": ["fsspec", "s3fs", "gcsfs"],  # data.remote: shards behind a local cache
         "parquet": ["pyarrow"],  # data_tools.build --format parquet
         "demo": DEMO,

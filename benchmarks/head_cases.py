@@ -4,7 +4,6 @@ Shapes: N rows, H width, V vocabulary. Logits are peaked like a trained teacher'
 has about 0.6 of the probability, and the student's rows are near the teacher's.
 """
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -14,8 +13,6 @@ from torch.nn.functional import cross_entropy, kl_div, linear
 from benchmarks.race import Contestants
 from genrecal_ds.ops.head_loss import Head, cache_teacher, head_loss
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
-
-HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 
 class Numbers:
@@ -102,41 +99,6 @@ def naive(numbers: Numbers) -> Callable[[], Tensor]:
     return run
 
 
-def liger_chunked(numbers: Numbers, chunk: int, compiled: bool) -> Callable[[], Tensor]:
-    """Liger's one-call CE + JSD(beta 0), which is our CE + KL, with its weights doubled back."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.0, compiled=compiled, chunk_size=chunk
-    )
-
-    def run() -> Tensor:
-        rows = numbers.leaf()
-        value = loss(rows[0], numbers.weight, numbers.teacher, numbers.weight, numbers.labels)
-        (value * 2 * len(numbers.labels)).backward()
-        assert rows.grad is not None
-        return rows.grad
-
-    return run
-
-
-def liger_two_calls(numbers: Numbers) -> Callable[[], Tensor]:
-    """Liger's Triton JSD and Triton linear CE, one after the other. CUDA only."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
-
-    jsd = LigerFusedLinearJSD(jsd_beta=0.0)
-    ce = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-
-    def run() -> Tensor:
-        rows = numbers.leaf()
-        soft = jsd(rows[0], numbers.weight, numbers.teacher, numbers.weight)
-        (ce(numbers.weight, rows[0], numbers.labels) + soft * len(numbers.labels)).backward()
-        assert rows.grad is not None
-        return rows.grad
-
-    return run
-
-
 def student_ce(numbers: Numbers) -> Callable[[], Tensor]:
     weights = torch.ones(len(numbers.labels), device=numbers.weight.device)
 
@@ -157,21 +119,6 @@ def student_ce_torch(numbers: Numbers) -> Callable[[], Tensor]:
         rows.requires_grad_()
         logits = linear(rows, weight).float()
         cross_entropy(logits, numbers.labels, reduction="sum").backward()
-        assert weight.grad is not None
-        return weight.grad
-
-    return run
-
-
-def student_ce_liger(numbers: Numbers) -> Callable[[], Tensor]:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-
-    def run() -> Tensor:
-        rows, weight = numbers.leaf()[0].detach(), numbers.weight.detach().requires_grad_()
-        rows.requires_grad_()
-        loss(weight, rows, numbers.labels).backward()
         assert weight.grad is not None
         return weight.grad
 

@@ -3,8 +3,8 @@
     python -m benchmarks.ops [--cases C1 G1 ...] [--rounds 20] [--out FILE]
 
 On a CUDA machine the G cases run, else the C cases and a small G5 and G6. Needs torch,
-transformers and, for the kernels, triton; liger-kernel joins where it is installed. The cases
-are those of docs/performance.md. No timing gates anything: read ratios, never milliseconds.
+transformers and, for the kernels, triton; peers join where they are installed (extra `peers`). The
+cases are those of docs/performance.md. No timing gates anything: read ratios, never milliseconds.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import torch
 from benchmarks import head_cases as heads
 from benchmarks.body_cases import BodyNumbers, align_cases, recalibrator_cases
 from benchmarks.head_cases import Numbers
-from benchmarks.race import Contestants, device_facts, race
+from benchmarks.peers import ce_peers, distillation_peers
+from benchmarks.race import Contestants, device_facts, race, without_failures
 
 HEADS = ((8192, 152064), (3584, 152064))  # Qwen2-VL-72B's head, Qwen2-VL-7B's
 QWEN_7B = dict(
@@ -74,6 +75,8 @@ def table(rows: list[Row], header: bool = True) -> str:
                 f"{ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}] | "
                 f"{found['peak_bytes'] / 2**20:,.0f} | {error} |"
             )
+        for name, reason in row.get("failed", {}).items():
+            lines.append(f"| {row['case']} | {row['shape']} | {name} | failed: {reason} | | | |")
     return "\n".join(lines)
 
 
@@ -90,7 +93,7 @@ def head_case(
             if scale < 1:
                 num_rows, vocabulary = max(16, int(num_rows * scale)), int(vocabulary * scale)
             numbers = Numbers(num_rows, width, vocabulary, dtype)
-            entered = contestants(numbers)
+            entered, failed = without_failures(contestants(numbers))
             yardstick, truth = list(entered)[:2]
             differences = heads.agree(entered, truth, tolerance)
             found = race(entered, rounds, yardstick)
@@ -99,7 +102,7 @@ def head_case(
                 if gradient.ndim == 3 and gradient.shape[0] == 1:
                     found[name]["error"] = heads.error_in_fp64(numbers, gradient)
             shape = f"N={num_rows} H={width} V={vocabulary}"
-            yield {"shape": shape, "dtype": str(dtype), "contestants": found}
+            yield {"shape": shape, "dtype": str(dtype), "contestants": found, "failed": failed}
             del numbers, entered
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -115,15 +118,7 @@ def frozen_head(numbers: Numbers) -> Contestants:
         "ours, cached teacher": heads.ours(numbers, cached=True),
         "torch, whole logits": heads.naive(numbers),
     }
-    num_rows = len(numbers.labels)
-    if heads.HAS_LIGER:
-        for chunk in sorted({min(num_rows, chunk) for chunk in (1024, 4096)}):
-            entered[f"liger chunked, {chunk} rows"] = heads.liger_chunked(
-                numbers, chunk, compiled=torch.cuda.is_available()
-            )
-        if torch.cuda.is_available():
-            entered["liger JSD + CE"] = heads.liger_two_calls(numbers)
-    return entered
+    return entered | distillation_peers(numbers)
 
 
 def stage_one(numbers: Numbers) -> Contestants:
@@ -137,11 +132,13 @@ def stage_one(numbers: Numbers) -> Contestants:
 
 def cached_teacher(numbers: Numbers) -> Contestants:
     """G3."""
-    return {
+    entered: Contestants = {
         "2 bare GEMMs": heads.gemms(numbers, 2),
         "ours": heads.ours(numbers),
         "ours, cached teacher": heads.ours(numbers, cached=True),
     }
+    ce_alone = ce_peers(numbers, trains_head=False)
+    return entered | {f"CE alone: {name}": run for name, run in ce_alone.items()}
 
 
 def trained_head(numbers: Numbers) -> Contestants:
@@ -151,9 +148,7 @@ def trained_head(numbers: Numbers) -> Contestants:
         "ours": heads.student_ce(numbers),
         "torch, whole logits": heads.student_ce_torch(numbers),
     }
-    if heads.HAS_LIGER and torch.cuda.is_available():
-        entered["liger linear CE"] = heads.student_ce_liger(numbers)
-    return entered
+    return entered | ce_peers(numbers, trains_head=True)
 
 
 def alignment(sizes: list[tuple[int, int, int]], dtype: torch.dtype) -> Callable[[int, float], Any]:

@@ -13,6 +13,26 @@ Contestants = dict[str, Callable[[], Any]]
 Found = dict[str, dict[str, Any]]
 
 
+def without_failures(contestants: Contestants) -> tuple[Contestants, dict[str, str]]:
+    """(those that run, {name: why not}); the first two, the yardstick and ours, must run.
+
+    A peer that is out of memory or refuses this machine is a result, not the end of the run.
+    """
+    running, failed = {}, {}
+    for position, (name, run) in enumerate(contestants.items()):
+        try:
+            run()
+        except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
+            if position < 2:
+                raise
+            failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            running[name] = run
+    return running, failed
+
+
 def race(
     contestants: Contestants, rounds: int, yardstick: str, warm_up: int = 1
 ) -> dict[str, dict]:

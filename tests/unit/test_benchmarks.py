@@ -10,7 +10,7 @@ from benchmarks import head_cases, ops
 from benchmarks.contestants import Ours, Webdataset
 from benchmarks.head_cases import Numbers
 from benchmarks.loader import balance, make_samples, race, touch
-from benchmarks.race import peak_bytes
+from benchmarks.race import peak_bytes, without_failures
 from data_tools.builder import build
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
@@ -66,6 +66,18 @@ def test_another_loss_is_noticed() -> None:
         head_cases.agree(doubled, "truth", 0.1)
     with pytest.raises(SystemExit):
         ops.main(["--cases", "G1"])
+
+
+def test_a_peer_that_fails_is_entered_as_failed() -> None:
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    good = {"yardstick": lambda: None, "ours": lambda: None}
+    running, failed = without_failures({**good, "peer": out_of_memory})
+    assert list(running) == ["yardstick", "ours"]
+    assert failed == {"peer": "OutOfMemoryError: no room"}
+    with pytest.raises(torch.OutOfMemoryError):
+        without_failures({"yardstick": lambda: None, "ours": out_of_memory})
 
 
 def test_peak_bytes_counts_what_is_held_at_once() -> None:
