@@ -1,9 +1,14 @@
 """Shared by all tests: one thread per process, so that results do not depend on the machine."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides at its own import whether kernels are interpreted: before anyone else's.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.fixtures import build_digit_shards, texts_of_digits, untie
 

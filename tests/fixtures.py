@@ -69,8 +69,9 @@ def partitioning_ds_configs(folder: Path) -> dict[str, str]:
 def environment(**extra: str) -> dict[str, str]:
     """Of a child process: this interpreter's commands first, one thread, no warnings."""
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    inherited = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     return {
-        **os.environ,
+        **inherited,
         "PATH": os.pathsep.join(paths),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

@@ -99,6 +99,27 @@ def test_low_precision_sums_of_many_chunks_lose_nothing(monkeypatch):
         assert leaf.grad.dtype == torch.bfloat16 and error < 2**-8
 
 
+def test_low_precision_is_no_worse_than_plain_torch():
+    """Elementwise, for rows, weight and bias, with peaked logits."""
+    rows, labels, weight, bias, row_weights = make()
+    rows *= 35.0 / (rows @ weight.T).abs().max()
+    low = [t.bfloat16() for t in (rows, weight, bias)]
+    _, gradients = truth(low[0], labels, low[1], low[2], row_weights)
+    plain = [t.clone().requires_grad_() for t in low]
+    logits = torch.nn.functional.linear(*plain).float()
+    ce = cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+    (ce * row_weights).sum().backward()
+    leaves = [t.clone().requires_grad_() for t in low]
+    total, _ = linear_cross_entropy(leaves[0], labels, Head(leaves[1], leaves[2]), row_weights)
+    total.backward()
+    for ours, theirs, true in zip(leaves, plain, gradients, strict=True):
+        rounding = (true.bfloat16().double() - true).abs()
+        limit = (theirs.grad.double() - true).abs().max() + rounding
+        assert ((ours.grad.double() - true).abs() <= limit).all()
+        error, plain_error = ((g.grad.double() - true).norm() for g in (ours, theirs))
+        assert error <= plain_error
+
+
 def test_padding_columns_get_no_gradient_and_count_nothing():
     rows, labels, weight, _, row_weights = make()
     padded = torch.cat([weight, 50 * torch.ones(5, D)]).requires_grad_()
