@@ -53,6 +53,9 @@ def stop() -> None:
     if torch_dist.is_initialized():
         dist.barrier()
         torch_dist.destroy_process_group()
+        # Engines leave cycles that keep the group, and so gloo's threads, into the interpreter's
+        # end; one that still runs there aborts the process, rarely and after all work is done.
+        gc.collect()
 
 
 def structure(ds_config: DsConfig, precision: str) -> DsConfig:

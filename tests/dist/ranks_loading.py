@@ -4,6 +4,7 @@ ranks_loading.py TEACHER_FOLDER STUDENT_FOLDER
 """
 
 import sys
+from pathlib import Path
 
 import torch
 from deepspeed import zero
@@ -50,6 +51,8 @@ def main() -> None:
         for precision in ("fp32", "bf16"):
             check(folder, precision)
     engine.stop()
+    threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+    assert not any("gloo" in name for name in threads), f"the group outlives stop(): {threads}"
 
 
 if __name__ == "__main__":
