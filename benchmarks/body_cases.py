@@ -66,13 +66,14 @@ def align_cases(numbers: BodyNumbers) -> Contestants:
     packing = numbers.packing
 
     def run(forward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
-        gradient = torch.ones(1, device=numbers.device, dtype=numbers.student.dtype)
+        shape = forward(numbers.student, numbers.weight).shape
+        gradient = torch.ones(shape, device=numbers.device, dtype=numbers.student.dtype)
 
         def step() -> None:
             student = numbers.student.detach().requires_grad_()
             weight = numbers.weight.detach().requires_grad_()
             out = forward(student, weight)
-            out.backward(gradient.expand(out.shape))
+            out.backward(gradient)
 
         return step
 

@@ -43,15 +43,19 @@ class Numbers:
         return self.rows[:passes].clone().requires_grad_()
 
 
-def gemms(numbers: Numbers, count: int) -> Callable[[], None]:
-    """The yardstick: so many bare GEMMs of the loss, whole, with nothing between them."""
-    rows, weight = numbers.rows[0], numbers.weight
-    dlogits = (rows @ weight.t()).detach()
+def gemms(numbers: Numbers, logits: int, rows: int, weight: int = 0) -> Callable[[], None]:
+    """The yardstick: the loss's bare GEMMs, whole, with nothing between them: so many to logits,
+    from dlogits to the rows, and from dlogits to the weight."""
+    inputs, head = numbers.rows[0], numbers.weight
+    dlogits = (inputs @ head.t()).detach()
 
     def run() -> None:
-        for _ in range(count - 1):
-            torch.mm(rows, weight.t())
-        torch.mm(dlogits, weight)
+        for _ in range(logits):
+            torch.mm(inputs, head.t())
+        for _ in range(rows):
+            torch.mm(dlogits, head)
+        for _ in range(weight):
+            torch.mm(dlogits.t(), inputs)
 
     return run
 

@@ -113,7 +113,7 @@ def head_case(
 def frozen_head(numbers: Numbers) -> Contestants:
     """C1, G1, G7: CE + KL through a frozen head."""
     entered: Contestants = {
-        "3 bare GEMMs": heads.gemms(numbers, 3),
+        "3 bare GEMMs": heads.gemms(numbers, logits=2, rows=1),
         "ours": heads.ours(numbers),
         "ours, cached teacher": heads.ours(numbers, cached=True),
         "torch, whole logits": heads.naive(numbers),
@@ -124,7 +124,7 @@ def frozen_head(numbers: Numbers) -> Contestants:
 def stage_one(numbers: Numbers) -> Contestants:
     """G2: two passes that share the teacher's logits."""
     return {
-        "5 bare GEMMs": heads.gemms(numbers, 5),
+        "5 bare GEMMs": heads.gemms(numbers, logits=3, rows=2),
         "ours, one call": heads.ours(numbers, passes=2),
         "ours, two calls": heads.ours_twice(numbers),
     }
@@ -133,7 +133,7 @@ def stage_one(numbers: Numbers) -> Contestants:
 def cached_teacher(numbers: Numbers) -> Contestants:
     """G3."""
     entered: Contestants = {
-        "2 bare GEMMs": heads.gemms(numbers, 2),
+        "2 bare GEMMs": heads.gemms(numbers, logits=1, rows=1),
         "ours": heads.ours(numbers),
         "ours, cached teacher": heads.ours(numbers, cached=True),
     }
@@ -144,7 +144,7 @@ def cached_teacher(numbers: Numbers) -> Contestants:
 def trained_head(numbers: Numbers) -> Contestants:
     """G4: the student's CE with dW."""
     entered: Contestants = {
-        "3 bare GEMMs": heads.gemms(numbers, 3),
+        "3 bare GEMMs": heads.gemms(numbers, logits=1, rows=1, weight=1),
         "ours": heads.student_ce(numbers),
         "torch, whole logits": heads.student_ce_torch(numbers),
     }

@@ -100,7 +100,7 @@ class Recalibrator(nn.Module):
         """Any family's own decoder, over sequences right-padded to the longest.
 
         No padding mask: under a causal one no real row attends to the padding behind it. One row
-        of all sequences under a block mask was two to three times slower (docs/performance.md).
+        of all sequences under a block mask was 1.5 to 2.4 times as slow (docs/performance.md).
         """
         num_sequences, longest = packing.num_sequences, packing.max_seqlen
         slot_P = packing.sequence_P * longest + packing.position_ids_P
@@ -134,6 +134,10 @@ def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * depth
+    elif hasattr(config, "sliding_window"):
+        config.sliding_window = None  # Mistral's decoder slides wherever it is set
+    if hasattr(config, "attention_dropout"):
+        config.attention_dropout = 0.0  # the paper has none, and packed blocks drop nothing
     config.use_sliding_window = False
     # The embedding is never used; one row keeps its construction cheap.
     config.vocab_size, config.pad_token_id = 1, None

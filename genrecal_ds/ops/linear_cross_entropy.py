@@ -15,10 +15,10 @@ from torch import Tensor
 from genrecal_ds.ops import IGNORE
 from genrecal_ds.ops.checks import check_labels, expect
 from genrecal_ds.ops.choice import chosen
-from genrecal_ds.ops.gemm import add_product_, project_, rows_per_chunk, wide
-from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE, epilogue_of
+from genrecal_ds.ops.gemm import add_product_, project_, wide
+from genrecal_ds.ops.head_loss.chunked import chunk_size, epilogue_of
 from genrecal_ds.ops.head_loss.contract import Head
-from genrecal_ds.ops.head_loss.epilogue import Coefficients
+from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients
 
 CE = [Coefficients(on_q=1.0, on_p=0.0, on_label=1.0)]
 
@@ -46,38 +46,42 @@ def linear_cross_entropy(
         expect("head.bias_V", head.bias_V, (head.weight_VH.shape[0],), rows_ND)
     check_labels(labels_N, head.valid_vocab or head.weight_VH.shape[0])
     return _LinearCrossEntropy.apply(
-        rows_ND, head.weight_VH, head.bias_V, labels_N, row_weights_N, head, chosen(impl, rows_ND)
-    )
+        rows_ND, head.weight_VH, head.bias_V, labels_N, row_weights_N, head,
+        chosen(impl, rows_ND), torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_ND, weight_VD, bias_V, labels_N, row_weights_N, head, implementation):
+    def forward(
+        ctx, rows_ND, weight_VD, bias_V, labels_N, row_weights_N, head, implementation, has_grad
+    ):
         # The head comes again for its numbers; its tensors are the inputs that autograd knows.
         head = head._replace(weight_VH=weight_VD, bias_V=bias_V).without_padding()
         weight, epilogue = head.weight_VH, epilogue_of(implementation)
-        wants_rows, wants_weight, wants_bias = wants = ctx.needs_input_grad[:3]
+        # needs_input_grad does not know of no_grad, and in here gradients are always off.
+        wants = [has_grad and needed for needed in ctx.needs_input_grad[:3]]
+        wants_rows, wants_weight, wants_bias = wants
         fp, num_rows, vocabulary = wide(weight), len(labels_N), weight.shape[0]
         row_weights_N = row_weights_N.to(fp) * (labels_N != IGNORE)
         ce_N = rows_ND.new_zeros(num_rows, dtype=fp)
         d_rows = torch.empty_like(rows_ND) if wants_rows else None
         d_weight = torch.zeros_like(weight_VD, dtype=fp) if wants_weight else None
         d_bias = torch.zeros_like(bias_V, dtype=fp) if wants_bias else None
-        kind = "cuda" if weight.is_cuda else "cpu"
-        low = weight.dtype != fp and any(wants)
-        bytes_per_row = vocabulary * (fp.itemsize + weight.element_size() * low)
-        size = rows_per_chunk(num_rows, bytes_per_row, CHUNK_BYTES[kind], CHUNK_MULTIPLE[kind])
+        size = chunk_size(num_rows, 1, False, weight)
         logits = weight.new_empty(min(size, num_rows), vocabulary, dtype=fp)
-        dlogits = torch.empty_like(logits, dtype=weight.dtype) if low else logits
+        in_place = weight.dtype == fp or not any(wants)
+        dlogits = logits if in_place else torch.empty_like(logits, dtype=weight.dtype)
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
             rows, logits_nV = rows_ND[part], logits[: len(rows_ND[part])]
             d_nV = dlogits[: len(rows)]
             project_(logits_nV, rows, weight)
-            stats = epilogue(
+            chunk = Chunk(
                 logits_nV[None], None, labels_N[part], row_weights_N[part],
                 CE, head, any(wants), d_nV,
             )  # fmt: skip
+            stats = epilogue(chunk)
             ce_N[part] = stats.lse_Kn[0] - stats.label_logit_Kn[0]
             if d_rows is not None:
                 d_rows[part] = torch.mm(d_nV, weight)
@@ -97,4 +101,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * grad_loss).to(ctx.weight_dtype)
             for gradient in ctx.saved_tensors
         ]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None

@@ -130,8 +130,31 @@ def check_every_head(monkey_chunk: int) -> None:
             assert error < 2**-7, error
 
 
+def check_refusals() -> None:
+    """A label that no rank holds is NaN on its own row alone; other bad input is a ValueError."""
+    ranks, rank, vocabulary, width = dist.world_size(), dist.rank(), 50, 8
+    weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(3))
+    first, last = rank * vocabulary // ranks, (rank + 1) * vocabulary // ranks
+    share = Head(weight[first:last])
+    rows, teacher, labels = inputs(6, width, vocabulary, 1, rank)
+    labels[1], labels[2] = (57, -3) if rank == 0 else (1, 2)
+    out = head_loss_vocab_parallel(rows, teacher, labels, share, first, [1.0], [1.0])
+    bad = [1, 2] if rank == 0 else []
+    assert out.ce_KN[0].isnan().nonzero().flatten().tolist() == bad
+    for arguments in (
+        (rows, teacher[1:], labels, share), (rows, teacher, labels.int(), share),
+        (rows, teacher, labels, share._replace(valid_vocab=3)),
+    ):  # fmt: skip
+        try:
+            head_loss_vocab_parallel(*arguments, first, [1.0], [1.0])
+        except ValueError:
+            continue
+        raise AssertionError("bad input was taken")
+
+
 if __name__ == "__main__":
     torch_dist.init_process_group("gloo")
     check_placements(sys.argv[1])
     check_every_head(4 * 101 * 3 * 16)
+    check_refusals()
     torch_dist.destroy_process_group()

@@ -82,7 +82,7 @@ def test_linear_cross_entropy_with_a_trained_head(numbers):
 
 def test_offsets_beyond_32_bits():
     """15,000 rows of a 152k vocabulary in one chunk: 9 GB of logits, 2.3e9 elements."""
-    from genrecal_ds.ops.head_loss.epilogue import Coefficients
+    from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients
     from genrecal_ds.ops.head_loss.kernels import softmax_epilogue_triton_
 
     rows, vocabulary = 15_000, 152_064
@@ -90,10 +90,11 @@ def test_offsets_beyond_32_bits():
     logits[0, -1] = torch.linspace(-3, 3, vocabulary, device=CUDA)
     last = logits[0, -1].double().clone()
     labels = torch.full((rows,), 5, device=CUDA)
-    stats = softmax_epilogue_triton_(
+    chunk = Chunk(
         logits, None, labels, torch.ones(rows, device=CUDA), [Coefficients(1.0, 0.0, 1.0)],
         Head(torch.empty(vocabulary, 1, device=CUDA)), True, logits.view(rows, vocabulary),
     )  # fmt: skip
+    stats = softmax_epilogue_triton_(chunk)
     torch.testing.assert_close(stats.lse_Kn[0, -1].double(), last.logsumexp(0), rtol=1e-6, atol=0)
     expected = last.softmax(0)
     expected[5] -= 1

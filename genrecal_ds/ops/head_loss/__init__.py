@@ -51,7 +51,7 @@ def head_loss(
     temperature divides the logits of the divergence alone, without a tau^2 in front. Only
     loss_sum is differentiable, and only with respect to rows_KNH: head and teacher are frozen.
     Raises ValueError naming the argument that does not fit. On CUDA labels are not looked at
-    before the kernel: one outside the vocabulary makes its row's loss NaN.
+    before: one outside the vocabulary makes its row's loss NaN (but asserts in `reference`).
     Source: paper section 3.3, L_ar and L_kl; the cached form: docs/performance.md.
     """
     check(rows_KNH, teacher, labels_N, head, ce_weights, kl_weights, divergence, temperature)
@@ -59,7 +59,6 @@ def head_loss(
         return head_loss_reference(
             rows_KNH, teacher, labels_N, head, ce_weights, kl_weights, divergence, temperature
         )
-    cached = isinstance(teacher, CachedTeacher)
     loss_sum, ce_KN, kl_KN, top1_KN, _ = torch.ops.genrecal_ds.head_loss(
         rows_KNH,
         teacher.mean_head_NH if isinstance(teacher, CachedTeacher) else teacher,
@@ -71,15 +70,13 @@ def head_loss(
         [float(weight) for weight in kl_weights],
         *divergence,
         temperature,
-        _implementation(impl, rows_KNH, divergence, temperature, cached),
+        _implementation(impl, rows_KNH, divergence, temperature),
         torch.is_grad_enabled() and rows_KNH.requires_grad,
     )
     return HeadLoss(loss_sum, ce_KN, kl_KN, top1_KN)
 
 
-def _implementation(
-    impl: str, rows: Tensor, divergence: Divergence, temperature: float, cached: bool
-) -> str:
+def _implementation(impl: str, rows: Tensor, divergence: Divergence, temperature: float) -> str:
     is_variant = divergence.name != "forward_kl" or temperature != 1.0
     if impl == "triton" and is_variant:
         raise ValueError(

@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.ops import IGNORE
-from genrecal_ds.ops.gemm import mean_of_rows, project_, rows_per_chunk, wide
-from genrecal_ds.ops.head_loss.contract import FORWARD_KL, CachedTeacher, Divergence, Head
+from genrecal_ds.ops.checks import expect
+from genrecal_ds.ops.gemm import mean_of_rows, project_, rows_per_chunk, weighted_rows, wide
+from genrecal_ds.ops.head_loss.contract import (
+    FORWARD_KL,
+    CachedTeacher,
+    Divergence,
+    Head,
+    check_linear,
+)
 from genrecal_ds.ops.head_loss.epilogue import (
+    Chunk,
     Coefficients,
     RowStats,
     softmax_epilogue_,
@@ -34,7 +42,7 @@ from genrecal_ds.ops.head_loss.variants import variant_epilogue_
 CHUNK_BYTES = {"cuda": 1_600_000_000, "cpu": 64 << 20}
 CHUNK_MULTIPLE = {"cuda": 128, "cpu": 16}
 
-Epilogue = Callable[..., RowStats]  # called as softmax_epilogue_ is
+Epilogue = Callable[[Chunk], RowStats]
 
 
 class Buffers(NamedTuple):
@@ -103,10 +111,11 @@ def head_loss_forward(
         rows_KnH = rows_KNH[:, part]
         z_nH = None if teacher_rows_NH is None else teacher_rows_NH[part]
         student_KnV, teacher_nV, dlogits_mV = _logits(rows_KnH, z_nH, head.weight_VH, buffers)
-        stats = epilogue(
+        chunk = Chunk(
             student_KnV, teacher_nV, labels_N[part], row_weights_N[part],
             coefficients, head, needs_grad, dlogits_mV,
         )  # fmt: skip
+        stats = epilogue(chunk)
         ce_KN[:, part] = stats.lse_Kn - stats.label_logit_Kn
         if cached is None:
             kl_KN[:, part] = stats.kl_Kn
@@ -114,13 +123,14 @@ def head_loss_forward(
         else:
             kl_KN[:, part] = stats.lse_Kn - _mean_logit(rows_KnH, cached, part)
             top1_KN[:, part] = stats.top1_Kn == cached.top1_N[part]
-        if needs_grad:
-            grad_KnH = torch.mm(dlogits_mV, head.weight_VH).view(rows_KnH.shape)
+        if needs_grad and cached is None:
+            grad_KNH[:, part] = torch.mm(dlogits_mV, head.weight_VH).view(rows_KnH.shape)
+        elif needs_grad and cached is not None:
+            # Two large vectors that nearly cancel: b m is taken off before anything is rounded.
+            sums_KnH = weighted_rows(dlogits_mV, head.weight_VH).view(rows_KnH.shape)
+            mean_nH = cached.mean_head_NH[part] * row_weights_N[part, None]
             for k, b in enumerate(kl_weights):
-                d_nH = grad_KnH[k]
-                if cached is not None:
-                    d_nH = d_nH - (b * row_weights_N[part, None]) * cached.mean_head_NH[part]
-                grad_KNH[k, part] = d_nH
+                grad_KNH[k, part] = sums_KnH[k].sub_(mean_nH, alpha=b)
     valid_N = row_weights_N != 0
     sums = sum_up(ce_KN, kl_KN, valid_N, ce_weights, kl_weights)
     return *sums, top1_KN & valid_N, grad_KNH
@@ -148,6 +158,7 @@ def sum_up(
     return loss_sum, ce_KN, kl_KN
 
 
+@torch.no_grad()
 def cache_teacher(
     teacher_rows_NH: Tensor, head: Head, dtype: torch.dtype = torch.float32
 ) -> CachedTeacher:
@@ -155,10 +166,12 @@ def cache_teacher(
     a bf16 head three, so that p is not rounded).
 
     teacher_rows_NH: of the head's dtype. dtype: of mean_head; bf16 halves it and adds the error
-    that docs/performance.md bounds. Raises ValueError for a head with a softcap.
+    that docs/performance.md bounds. Raises ValueError for a head with a softcap, and for rows
+    that do not fit the head.
     """
-    if head.softcap is not None:
-        raise ValueError("head.softcap: a cached teacher is exact for linear logits only")
+    check_linear(head)
+    width = head.weight_VH.shape[1]
+    expect("teacher_rows_NH", teacher_rows_NH, (len(teacher_rows_NH), width), head.weight_VH)
     head = head.without_padding()
     weight, num_rows = head.weight_VH, teacher_rows_NH.shape[0]
     mean_head_NH = teacher_rows_NH.new_empty(teacher_rows_NH.shape, dtype=dtype)

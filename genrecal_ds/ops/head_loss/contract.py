@@ -77,8 +77,12 @@ def check(
     kl_weights: Sequence[float],
     divergence: Divergence,
     temperature: float,
+    labels_are_columns: bool = True,
 ) -> None:
-    """Raise ValueError naming the first argument that does not fit, and what would."""
+    """Raise ValueError naming the first argument that does not fit, and what would.
+
+    labels_are_columns: False where the head is a share of the columns that labels name.
+    """
     weight = head.weight_VH
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"head.weight_VH: {shown(weight)}, expected a float matrix [V, H]")
@@ -99,7 +103,6 @@ def check(
         raise ValueError(f"head.valid_vocab: {columns}, expected 1 to {weight.shape[0]}")
     if head.bias_V is not None:
         expect("head.bias_V", head.bias_V, (weight.shape[0],), rows_KNH)
-    check_labels(labels_N, columns)
     if len(ce_weights) != passes or len(kl_weights) != passes:
         raise ValueError(
             f"ce_weights, kl_weights: {len(ce_weights)} and {len(kl_weights)} numbers, "
@@ -109,15 +112,22 @@ def check(
         raise ValueError(f"temperature {temperature}, softcap {head.softcap}: expected > 0")
     if divergence.name in ("skew_kl", "jsd") and not 0 < divergence.mix < 1:
         raise ValueError(f"divergence.mix: {divergence.mix}, expected between 0 and 1")
+    if labels_are_columns:
+        check_labels(labels_N, columns)
     if isinstance(teacher, CachedTeacher):
         _check_cached(head, divergence, temperature)
 
 
 def _check_cached(head: Head, divergence: Divergence, temperature: float) -> None:
     """The identity needs logits that are linear in r, at one temperature (docs/performance.md)."""
-    if head.softcap is not None:
-        raise ValueError("head.softcap: a cached teacher is exact for linear logits only")
+    check_linear(head)
     if divergence.name != "forward_kl":
         raise ValueError(f"divergence: {divergence.name}, a cached teacher knows forward_kl only")
     if temperature != 1.0:
         raise ValueError(f"temperature: {temperature}, a cached teacher belongs to temperature 1")
+
+
+def check_linear(head: Head) -> None:
+    """Refuse a softcap beside a cached teacher."""
+    if head.softcap is not None:
+        raise ValueError("head.softcap: a cached teacher is exact for linear logits only")

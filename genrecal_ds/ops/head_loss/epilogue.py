@@ -39,30 +39,31 @@ class RowStats(NamedTuple):
     teacher_top1_n: Tensor | None
 
 
-def softmax_epilogue_(
-    student_KnV: Tensor,
-    teacher_nV: Tensor | None,
-    labels_n: Tensor,
-    row_weights_n: Tensor,
-    coefficients: Sequence[Coefficients],
-    head: Head,
-    needs_grad: bool,
-    dlogits_mV: Tensor,
-) -> RowStats:
-    """RowStats; with needs_grad dlogits_mV [K n, V] becomes d loss / d (rows @ weight.T).
+class Chunk(NamedTuple):
+    """What an epilogue is given. It overwrites both matrices of logits."""
 
-    The logits are given as the GEMM left them, without bias, scale and softcap; both matrices
-    are overwritten. dlogits_mV is student_KnV itself, or a matrix of the head's low precision.
-    row_weights_n: 0 on rows that count nothing, whose labels_n may be IGNORE.
-    """
-    in_place = dlogits_mV.data_ptr() == student_KnV.data_ptr()
-    dlogits_KnV = dlogits_mV.view(student_KnV.shape) if needs_grad else student_KnV
-    labels_n = labels_n.where(labels_n != IGNORE, 0)
+    student_KnV: Tensor  # as the GEMM left them: without bias, scale and softcap
+    teacher_nV: Tensor | None  # likewise
+    labels_n: Tensor  # IGNORE, or a column
+    row_weights_n: Tensor  # 0 on ignored rows
+    coefficients: Sequence[Coefficients]  # one for each pass
+    head: Head
+    needs_grad: bool
+    dlogits_mV: (
+        Tensor  # [K n, V], to be written: student_KnV itself, or of the head's low precision
+    )
+
+
+def softmax_epilogue_(chunk: Chunk) -> RowStats:
+    """RowStats; with needs_grad dlogits_mV becomes d loss / d (rows @ weight.T)."""
+    student_KnV, teacher_nV, head = chunk.student_KnV, chunk.teacher_nV, chunk.head
+    columns_n, is_bad_n = columns_of(chunk.labels_n, student_KnV.shape[-1])
+    dlogits_KnV = chunk.dlogits_mV.view(student_KnV.shape) if chunk.needs_grad else student_KnV
     num_passes, num_rows, _ = student_KnV.shape
     kl_Kn = student_KnV.new_zeros(num_passes, num_rows)
     lse_Kn, label_logit_Kn = torch.empty_like(kl_Kn), torch.empty_like(kl_Kn)
-    top1_Kn = labels_n.new_empty(num_passes, num_rows)
-    teacher_top1_n = None if teacher_nV is None else torch.empty_like(labels_n)
+    top1_Kn = columns_n.new_empty(num_passes, num_rows)
+    teacher_top1_n = None if teacher_nV is None else torch.empty_like(columns_n)
     block = block_rows(student_KnV)
     for start in range(0, num_rows, block):
         part = slice(start, start + block)
@@ -72,9 +73,9 @@ def softmax_epilogue_(
             transform_(teacher_nV[part], head, needs_slope=False)
             teacher = _Teacher(teacher_nV[part])
             teacher_top1_n[part] = teacher.top1_n
-        for k, coefficient in enumerate(coefficients):
-            logits_bV, label_b1 = student_KnV[k, part], labels_n[part].unsqueeze(-1)
-            slope_bV = transform_(logits_bV, head, needs_grad)
+        for k, coefficient in enumerate(chunk.coefficients):
+            logits_bV, label_b1 = student_KnV[k, part], columns_n[part].unsqueeze(-1)
+            slope_bV = transform_(logits_bV, head, chunk.needs_grad)
             label_logit_Kn[k, part] = logits_bV.gather(-1, label_b1).squeeze(-1)
             top_b1, top1_b1 = logits_bV.max(-1, keepdim=True)
             top1_Kn[k, part] = top1_b1.squeeze(-1)
@@ -85,9 +86,9 @@ def softmax_epilogue_(
             lse_Kn[k, part] = log_sum_b + top_b1.squeeze(-1)
             if teacher is not None and dot_b is not None:
                 kl_Kn[k, part] = dot_b - teacher.log_sum_b + log_sum_b
-            if not needs_grad:
+            if not chunk.needs_grad:
                 continue
-            weight_b1 = row_weights_n[part].unsqueeze(-1) * head.scale
+            weight_b1 = chunk.row_weights_n[part].unsqueeze(-1) * head.scale
             logits_bV.mul_(weight_b1 * coefficient.on_q / sum_b1)
             if teacher is not None and coefficient.on_p:
                 on_p_b1 = weight_b1 * (-coefficient.on_p) / teacher.sum_b1
@@ -95,8 +96,9 @@ def softmax_epilogue_(
             logits_bV.scatter_add_(-1, label_b1, -coefficient.on_label * weight_b1)
             if slope_bV is not None:
                 logits_bV.mul_(slope_bV)
-            if not in_place:
+            if dlogits_KnV.dtype != logits_bV.dtype:  # else it is the same memory
                 dlogits_KnV[k, part] = logits_bV
+    label_logit_Kn.masked_fill_(is_bad_n, float("nan"))
     return RowStats(lse_Kn, label_logit_Kn, kl_Kn, top1_Kn, teacher_top1_n)
 
 
@@ -116,6 +118,16 @@ class _Teacher:
         two agree, and its terms are large."""
         difference_bV = self.shifted_bV - student_shifted_bV
         return torch.linalg.vecdot(self.exp_bV, difference_bV) / self.sum_b1.squeeze(-1)
+
+
+def columns_of(labels_n: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """(a column that may be read for every label, which labels are outside the vocabulary).
+
+    Those make their row's loss NaN: on CUDA nobody looked at them before, and an index out of
+    bounds would end the process without saying where.
+    """
+    is_inside_n = (labels_n >= 0) & (labels_n < vocabulary)
+    return labels_n.where(is_inside_n, 0), ~is_inside_n & (labels_n != IGNORE)
 
 
 def block_rows(logits_KnV: Tensor) -> int:

@@ -8,7 +8,7 @@ again and writes dlogits in the head's dtype. Offsets are int64: rows times voca
 2^31 at 14,000 rows of a 152k vocabulary. A label outside the vocabulary gives a NaN loss.
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from genrecal_ds.ops import IGNORE
-from genrecal_ds.ops.head_loss.contract import Head
-from genrecal_ds.ops.head_loss.epilogue import Coefficients, RowStats
+from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients, RowStats
 
 # Wider than a row's registers hold is slower: 32K columns measured 3x slower than a compiler's
 # own code elsewhere (docs/performance.md).
@@ -123,26 +122,17 @@ def _write_dlogits(
     if HAS_CAP:
         tanh = s / softcap
         d = tl.where(mask, d * (1.0 - tanh * tanh), 0.0)
-    # A row without weight may hold anything, infinities too: it must give zeros, not NaN.
-    d = tl.where(weight != 0.0, d, 0.0)
     tl.store(out + slot * vocabulary + columns, d.to(out.dtype.element_ty), mask=mask)
 
 
-def softmax_epilogue_triton_(
-    student_KnV: Tensor,
-    teacher_nV: Tensor | None,
-    labels_n: Tensor,
-    row_weights_n: Tensor,
-    coefficients: Sequence[Coefficients],
-    head: Head,
-    needs_grad: bool,
-    dlogits_mV: Tensor,
-) -> RowStats:
+def softmax_epilogue_triton_(chunk: Chunk) -> RowStats:
     """softmax_epilogue_, in two launches for any number of passes."""
+    student_KnV, teacher_nV, head = chunk.student_KnV, chunk.teacher_nV, chunk.head
     num_passes, num_rows, vocabulary = student_KnV.shape
     per_row = student_KnV.new_zeros(4, num_passes, num_rows)
     lse_Kn, label_logit_Kn, kl_Kn = per_row[0], per_row[1], per_row[2]
     teacher_lse_n = per_row[3, 0]
+    labels_n = chunk.labels_n
     top1 = torch.empty(num_passes + 1, num_rows, dtype=torch.int64, device=labels_n.device)
     # A pointer that no branch reads still needs a tensor of the right type.
     teacher = student_KnV if teacher_nV is None else teacher_nV
@@ -155,28 +145,25 @@ def softmax_epilogue_triton_(
         BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)),
         num_warps=NUM_WARPS,
     )
-    _row_statistics[(num_rows, num_passes)](
-        student_KnV, teacher, labels_n, bias, lse_Kn, teacher_lse_n, label_logit_Kn, kl_Kn,
-        top1, top1[num_passes], *shape, IGNORE, **branches,
-    )  # fmt: skip
-    if needs_grad:
-        blocks = triton.cdiv(vocabulary, branches["BLOCK"])
-        _write_dlogits[(num_rows, num_passes, blocks)](
-            student_KnV, teacher, dlogits_mV, labels_n, row_weights_n,
-            _on_device(tuple(coefficients), student_KnV.device, student_KnV.dtype),
-            bias, lse_Kn, teacher_lse_n, *shape, **branches,
+    with torch.cuda.device_of(student_KnV):  # Triton launches on the current device
+        _row_statistics[(num_rows, num_passes)](
+            student_KnV, teacher, labels_n, bias, lse_Kn, teacher_lse_n, label_logit_Kn, kl_Kn,
+            top1, top1[num_passes], *shape, IGNORE, **branches,
         )  # fmt: skip
+        if chunk.needs_grad:
+            blocks = triton.cdiv(vocabulary, branches["BLOCK"])
+            on_device = _on_device(tuple(chunk.coefficients), student_KnV.device, student_KnV.dtype)
+            _write_dlogits[(num_rows, num_passes, blocks)](
+                student_KnV, teacher, chunk.dlogits_mV, labels_n, chunk.row_weights_n, on_device,
+                bias, lse_Kn, teacher_lse_n, *shape, **branches,
+            )  # fmt: skip
     teacher_top1_n = None if teacher_nV is None else top1[num_passes]
     return RowStats(lse_Kn, label_logit_Kn, kl_Kn, top1[:num_passes], teacher_top1_n)
 
 
+@lru_cache(maxsize=64)
 def _on_device(
     coefficients: tuple[Coefficients, ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    key = (coefficients, device, dtype)
-    if key not in _coefficients:  # copying them at every chunk would wait for the stream
-        _coefficients[key] = torch.tensor(coefficients, dtype=dtype, device=device)
-    return _coefficients[key]
-
-
-_coefficients: dict[tuple, Tensor] = {}
+    """Copied once: at every chunk the host would wait for the stream."""
+    return torch.tensor(coefficients, dtype=dtype, device=device)

@@ -28,10 +28,12 @@ def head_loss_reference(
     head = head.without_padding()
     valid_N = labels_N != IGNORE
     label_N1 = labels_N.clamp(min=0).unsqueeze(-1)
+    # Widened once: two casts would round the two halves of the gradient apart from each other.
+    rows_KNH = rows_KNH.to(torch.promote_types(rows_KNH.dtype, torch.float32))
     logits_KNV = logits(head, rows_KNH)
     if isinstance(teacher, CachedTeacher):
         teacher_top1_N = teacher.top1_N
-        dots_KN = (rows_KNH.to(logits_KNV.dtype) * teacher.mean_head_NH.detach()).sum(-1)
+        dots_KN = (rows_KNH * teacher.mean_head_NH.detach()).sum(-1)
         kl_KN = logits_KNV.logsumexp(-1) - dots_KN + teacher.constant_N
     else:
         teacher_logits_NV = logits(head, teacher.detach())

@@ -12,59 +12,48 @@ CE is always taken at temperature 1; only the divergence sees tau.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from genrecal_ds.ops import IGNORE
-from genrecal_ds.ops.head_loss.contract import Divergence, Head
-from genrecal_ds.ops.head_loss.epilogue import Coefficients, RowStats, block_rows, transform_
+from genrecal_ds.ops.head_loss.contract import Divergence
+from genrecal_ds.ops.head_loss.epilogue import Chunk, RowStats, block_rows, columns_of, transform_
 
 
-def variant_epilogue_(
-    student_KnV: Tensor,
-    teacher_nV: Tensor,
-    labels_n: Tensor,
-    row_weights_n: Tensor,
-    coefficients: Sequence[Coefficients],
-    head: Head,
-    needs_grad: bool,
-    dlogits_mV: Tensor,
-    *,
-    divergence: Divergence,
-    temperature: float,
-) -> RowStats:
-    """As softmax_epilogue_, whose Coefficients it reads: CE's weight is on_label, D's is on_p."""
-    dlogits_KnV = dlogits_mV.view(student_KnV.shape) if needs_grad else student_KnV
-    labels_n = labels_n.where(labels_n != IGNORE, 0)
+def variant_epilogue_(chunk: Chunk, divergence: Divergence, temperature: float) -> RowStats:
+    """As softmax_epilogue_. Of Coefficients CE's weight is on_label, the divergence's on_p."""
+    student_KnV, teacher_nV, head = chunk.student_KnV, chunk.teacher_nV, chunk.head
+    assert teacher_nV is not None
+    columns_n, is_bad_n = columns_of(chunk.labels_n, student_KnV.shape[-1])
+    dlogits_KnV = chunk.dlogits_mV.view(student_KnV.shape) if chunk.needs_grad else student_KnV
     num_passes, num_rows, _ = student_KnV.shape
     kl_Kn = student_KnV.new_empty(num_passes, num_rows)
     lse_Kn, label_logit_Kn = torch.empty_like(kl_Kn), torch.empty_like(kl_Kn)
     block = block_rows(student_KnV)
     transform_(teacher_nV, head, needs_slope=False)
-    top1_Kn = labels_n.new_empty(num_passes, num_rows)
-    for k, coefficient in enumerate(coefficients):
+    top1_Kn = columns_n.new_empty(num_passes, num_rows)
+    for k, coefficient in enumerate(chunk.coefficients):
         for start in range(0, num_rows, block):
             part = slice(start, start + block)
-            logits_bV, label_b1 = student_KnV[k, part], labels_n[part].unsqueeze(-1)
-            slope_bV = transform_(logits_bV, head, needs_grad)
+            logits_bV, label_b1 = student_KnV[k, part], columns_n[part].unsqueeze(-1)
+            slope_bV = transform_(logits_bV, head, chunk.needs_grad)
             top1_Kn[k, part] = logits_bV.argmax(-1)
             lse_Kn[k, part] = logits_bV.logsumexp(-1)
             label_logit_Kn[k, part] = logits_bV.gather(-1, label_b1).squeeze(-1)
             log_p_bV = (teacher_nV[part] / temperature).log_softmax(-1)
             log_q_bV = (logits_bV / temperature).log_softmax(-1)
             kl_Kn[k, part], gradient_bV = value_and_gradient(log_p_bV, log_q_bV, divergence)
-            if not needs_grad:
+            if not chunk.needs_grad:
                 continue
             d_bV = logits_bV.sub_(lse_Kn[k, part].unsqueeze(-1)).exp_().mul_(coefficient.on_label)
             d_bV.add_(gradient_bV, alpha=coefficient.on_p / temperature)
             on_label_b1 = d_bV.new_full((), -coefficient.on_label).expand(label_b1.shape)
             d_bV.scatter_add_(-1, label_b1, on_label_b1)
-            d_bV.mul_(row_weights_n[part].unsqueeze(-1) * head.scale)
+            d_bV.mul_(chunk.row_weights_n[part].unsqueeze(-1) * head.scale)
             if slope_bV is not None:
                 d_bV.mul_(slope_bV)
             dlogits_KnV[k, part] = d_bV
+    label_logit_Kn.masked_fill_(is_bad_n, float("nan"))
     return RowStats(lse_Kn, label_logit_Kn, kl_Kn, top1_Kn, teacher_nV.argmax(-1))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from genrecal_ds.ops import IGNORE
 from genrecal_ds.ops.gemm import project_, wide
 from genrecal_ds.ops.head_loss.chunked import chunk_size, sum_up
-from genrecal_ds.ops.head_loss.contract import Head, HeadLoss
+from genrecal_ds.ops.head_loss.contract import FORWARD_KL, Head, HeadLoss, check
 from genrecal_ds.ops.head_loss.epilogue import transform_
 
 # The older name warns where the newer one exists.
@@ -38,8 +38,15 @@ def head_loss_vocab_parallel(
     """head_loss of this rank's rows; shard holds columns first_column.. of the whole head.
 
     Equals head_loss over the whole head, forward KL at temperature 1. Waits for the device once,
-    for the longest rank's number of rows.
+    for the longest rank's number of rows. A label that no rank holds gives a NaN loss. Raises
+    ValueError naming the argument that does not fit.
     """
+    check(
+        rows_KNH, teacher_rows_NH, labels_N, shard, ce_weights, kl_weights, FORWARD_KL, 1.0,
+        labels_are_columns=False,
+    )  # fmt: skip
+    if shard.valid_vocab is not None:
+        raise ValueError("head.valid_vocab: a share has no padding; leave the columns out of it")
     loss_sum, ce_KN, kl_KN, top1_KN = _VocabParallel.apply(
         rows_KNH, teacher_rows_NH, labels_N, shard, first_column, ce_weights, kl_weights, group
     )
@@ -132,11 +139,13 @@ class _Chunk:
         difference_KnV = logits[-1] - logits[:-1]
         logits.exp_()
         dot_Kn = (logits[-1] * difference_KnV).sum(-1)
-        sums = torch.cat([logits.sum(-1), dot_Kn, label_Kn * self.is_here_n])
+        holders_1n = self.is_here_n[None].to(logits.dtype)
+        parts = [logits.sum(-1), dot_Kn, label_Kn * holders_1n, holders_1n]
+        sums = torch.cat(parts)
         torch_dist.all_reduce(sums, group=group)
-        self.sum_Mn, self.dot_Kn, self.label_Kn = sums.split(
-            [len(logits), len(dot_Kn), len(label_Kn)]
-        )
+        self.sum_Mn, self.dot_Kn, self.label_Kn, holders_1n = sums.split([len(p) for p in parts])
+        is_lost_1n = (holders_1n == 0) & (self.labels_n != IGNORE)
+        self.label_Kn = self.label_Kn.masked_fill(is_lost_1n, float("nan"))
 
     def losses(self) -> Tensor:
         """[2, K, n]: CE and KL per row."""

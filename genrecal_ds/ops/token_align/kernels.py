@@ -3,6 +3,7 @@
 Shapes: D student width, A teacher rows used, R source rows, U most uses of one row, P packed rows.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,9 +45,10 @@ def gather(student_rows_RD: Tensor, projected_AD: Tensor, source_P: Tensor) -> T
     width = student_rows_RD.shape[1]
     packed_PD = student_rows_RD.new_empty(source_P.shape[0], width)
     if packed_PD.numel():
-        _gather[(len(packed_PD), triton.cdiv(width, BLOCK))](
-            student_rows_RD, projected_AD, source_P, packed_PD, width, BLOCK=BLOCK
-        )
+        with torch.cuda.device_of(packed_PD):  # Triton launches on the current device
+            _gather[(len(packed_PD), triton.cdiv(width, BLOCK))](
+                student_rows_RD, projected_AD, source_P, packed_PD, width, BLOCK=BLOCK
+            )
     return packed_PD
 
 
@@ -55,7 +57,8 @@ def sum_uses_triton(grad_PD: Tensor, uses_RU: Tensor) -> Tensor:
     rows, uses = uses_RU.shape
     out_RD = grad_PD.new_empty(rows, grad_PD.shape[1])
     if out_RD.numel():
-        _sum_uses[(rows, triton.cdiv(grad_PD.shape[1], BLOCK))](
-            grad_PD, uses_RU, out_RD, grad_PD.shape[1], U=uses, BLOCK=BLOCK
-        )
+        with torch.cuda.device_of(out_RD):
+            _sum_uses[(rows, triton.cdiv(grad_PD.shape[1], BLOCK))](
+                grad_PD, uses_RU, out_RD, grad_PD.shape[1], U=uses, BLOCK=BLOCK
+            )
     return out_RD

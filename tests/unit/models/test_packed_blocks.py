@@ -14,11 +14,14 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Spans, attend, check_backend
 from genrecal_ds.models.packed_blocks import MODEL_TYPES
 from genrecal_ds.models.recalibrator import Recalibrator
+from genrecal_ds.ops.head_loss import Head, head_loss
 
 pytestmark = pytest.mark.unit
 D, H = 32, 24
 TINY = dict(hidden_size=D, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-            num_hidden_layers=2, vocab_size=8, head_dim=8)  # fmt: skip
+            num_hidden_layers=2, vocab_size=8, head_dim=8,
+            # What the Recalibrator's blocks must not take over: they attend fully, drop nothing.
+            sliding_window=4, use_sliding_window=True, attention_dropout=0.5)  # fmt: skip
 RULES = ({"pixels": "rows"}, {"pixels": "rows"})
 # Turns as (question, answer) lengths, of the teacher; one-token answers and one turn among them.
 CONVERSATIONS = [[(4, 3), (2, 1), (3, 5)], [(6, 1)], [(1, 2), (5, 4)]]
@@ -53,11 +56,11 @@ def batch_of(conversations, with_regular=True):
     return collate(pairs, pairs[0], RULES, with_regular)
 
 
-def make(model_type, depth=2):
+def make(model_type, depth=2, std=0.3):
     """The same Recalibrator over transformers' blocks and over packed ones, in fp64."""
     torch.manual_seed(0)
     theirs = Recalibrator(config_of(model_type), H, depth, blocks="transformers").double()
-    theirs.initialize(0.3, torch.rand(H) + 0.5)
+    theirs.initialize(std, torch.rand(H) + 0.5)
     with torch.no_grad():  # norms and biases off their neutral values
         for parameter in theirs.parameters():
             if parameter.ndim == 1:
@@ -88,6 +91,24 @@ def test_equal_transformers_blocks(model_type, depth):
         results.append([rows.detach(), *gradients])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_packed_equals_padded_in_fp32_from_the_rows_to_the_loss(model_type):
+    """Loss and every gradient, through the teacher's head, to 1e-6 of their norm."""
+    torch.manual_seed(1)
+    hidden, teacher_rows, packing = inputs_of(batch_of(CONVERSATIONS))
+    hidden = hidden.detach().float().requires_grad_()
+    num_rows = len(packing.loss_rows) // 2
+    weight, targets = torch.randn(50, H), torch.randn(num_rows, H)
+    labels = torch.randint(0, 50, (num_rows,))
+    results = []
+    for module in make(model_type, std=0.1):
+        rows = module.float()(hidden, teacher_rows.float(), packing).unflatten(0, (2, num_rows))
+        loss = head_loss(rows, targets, labels, Head(weight), [1.0, 1.0], [1.0, 1.0]).loss_sum
+        results.append([loss.detach(), *torch.autograd.grad(loss, [hidden, *module.parameters()])])
+    for padded, packed in zip(*results, strict=True):
+        assert (packed - padded).norm() <= 1e-6 * padded.norm()
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -19,7 +19,7 @@ SUBSETS = [*product((True, False), repeat=3)]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 256)
-    monkeypatch.setattr("genrecal_ds.ops.linear_cross_entropy.CHUNK_BYTES", {"cpu": 32 * V * 4})
+    monkeypatch.setattr("genrecal_ds.ops.head_loss.chunked.CHUNK_BYTES", {"cpu": 32 * V * 4})
 
 
 def make(seed=0):
@@ -75,6 +75,28 @@ def test_exactly_as_many_gemms_as_the_floor(trains_head, gemms):
     assert counter.get_total_flops() == gemms * 2 * N * V * D
 
 
+def test_without_gradient_nothing_is_formed_for_one():
+    """Validation of a stage that trains the head: the logits' GEMM alone, and no [V, D] sum."""
+    rows, labels, weight, _, row_weights = make()
+    head = Head(weight.requires_grad_())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        total, _ = linear_cross_entropy(rows.requires_grad_(), labels, head, row_weights)
+    assert counter.get_total_flops() == 2 * N * V * D and not total.requires_grad
+
+
+def test_tracing_the_whole_graph_changes_nothing():
+    rows, labels, weight, _, row_weights = make()
+
+    def loss(x, w):
+        return linear_cross_entropy(x * 2, labels, Head(w), row_weights)[0]
+
+    leaves = (rows.requires_grad_(), weight.requires_grad_())
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for actual, value in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(actual, value)
+
+
 @pytest.mark.parametrize(
     "trains_head, sizes", [(False, [N * D * 2]), (True, [N * D * 2, V * D * 4])]
 )
@@ -87,7 +109,7 @@ def test_saves_the_rows_gradient_and_for_a_trained_head_one_fp32_sum(trains_head
 
 
 def test_low_precision_sums_of_many_chunks_lose_nothing(monkeypatch):
-    monkeypatch.setattr("genrecal_ds.ops.linear_cross_entropy.CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr("genrecal_ds.ops.head_loss.chunked.CHUNK_BYTES", {"cpu": 1})
     rows, labels, weight, bias, row_weights = make()
     low = [t.bfloat16() for t in (rows, weight, bias)]
     _, gradients = truth(low[0], labels, low[1], low[2], row_weights)
