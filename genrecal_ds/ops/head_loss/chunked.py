@@ -39,7 +39,7 @@ from genrecal_ds.ops.head_loss.epilogue import (
 from genrecal_ds.ops.head_loss.variants import variant_epilogue_
 
 # Of one chunk's logits and dlogits. Smaller chunks cost GEMM speed (docs/performance.md).
-CHUNK_BYTES = {"cuda": 1_600_000_000, "cpu": 64 << 20}
+CHUNK_BYTES = {"cuda": 1_600_000_000, "cpu": 96 << 20}
 CHUNK_MULTIPLE = {"cuda": 128, "cpu": 16}
 
 Epilogue = Callable[[Chunk], RowStats]
