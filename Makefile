@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-cpu bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-gpu models-table bench-cpu bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -26,6 +26,9 @@ test: setup ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow one
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
 	$(CHOSEN_PYTHON) -m pytest -m gpu
+
+models-table: setup ## write the table of docs/models.md from a test run
+	$(IN_VENV) .venv/bin/python -m pytest -q tests/unit/models --models-table docs/models.md
 
 bench-loader: setup ## the loader beside its peers, where they are installed
 	$(IN_VENV) .venv/bin/python -m benchmarks.loader

@@ -16,7 +16,11 @@ if VERSION is None:
 
 EVALUATION = ["matplotlib", "scikit-learn"]  # figures; t-SNE of features
 DEMO = ["scikit-learn"]  # its handwritten digits are the demo's pictures
+INT8 = ["torchao"]
+LORA = ["peft"]
 DEVELOPMENT = [
+    *INT8,
+    *LORA,
     "hypothesis",
     "matplotlib",
     "mypy",
@@ -58,6 +62,8 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
+        "int8": INT8,  # teacher.placement: replica_int8
+        "lora": LORA,  # student.lora
         "eval": EVALUATION,
         "peers": ["liger-kernel", "cut-cross-entropy"],  # make bench-cpu, bench-gpu
         "cloud": ["fsspec", "s3fs", "gcsfs"],  # data.remote: shards behind a local cache

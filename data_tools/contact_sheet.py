@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from data_tools.text import printable
+from genrecal_ds.text import printable
 from genrecal_ds.data.reader import BadSample, Sample
 
 THUMBNAIL = 256  # pixels of the longer side

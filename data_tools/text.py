@@ -1,14 +1,8 @@
-"""Text from data, made safe to show."""
+"""Complaints of the commands, safe to show: names from data go through genrecal_ds.text."""
 
 import sys
 
-
-def printable(text: str) -> str:
-    """The text with everything unprintable (control, bidi, lone surrogates) as an escape."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
-        for char in text
-    )
+from genrecal_ds.text import printable
 
 
 def complain(message: object) -> None:

@@ -26,11 +26,54 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class RemoteCode(Section):
+    """Permission to run Python files of a model folder, and the facts of a family unknown here.
+
+    components and vision_inputs are those of models/families.py.
+    """
+
+    files: dict[str, str]  # every .py of the folder: its sha256
+    components: dict[str, Component]
+    vision_inputs: dict[str, Literal["rows", "tokens", "tiles", "canvas"]] = {}
+
+
 class ModelSource(Section):
     """A Hugging Face folder: config, safetensors, tokenizer, processor, chat template."""
 
     path: Path
     max_length: int = Field(2048, gt=0)  # tokens, images included; longer: whole turns dropped
+    # a micro-batch's samples as one sequence; default: where the family's attention is plain
+    pack: bool | None = None
+    # of the body, in transformers' words; default: its own choice for the family
+    attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
+    allow_remote_code: RemoteCode | None = None  # off: no code of a folder is ever run
+
+
+class TeacherSource(ModelSource):
+    # zero3: a share per rank, gathered layer by layer. replica: whole on every rank, for
+    # teachers that fit; int8: its decoder's weights in 8 bits (torchao)
+    placement: Literal["zero3", "replica", "replica_int8"] = "zero3"
+    compile: bool = False  # torch.compile of its decoder blocks
+
+    @model_validator(mode="after")
+    def _gathering_is_not_compiled(self) -> "TeacherSource":
+        if self.compile and self.placement == "zero3":
+            raise ValueError("compile: true needs placement: replica or replica_int8")
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters that train in place of the student's decoder layers; merged on export."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)  # the change is alpha / rank * B A
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ()  # last names of linear layers, as q_proj; () = all
+
+
+class StudentSource(ModelSource):
+    gradient_checkpointing: bool = False  # its blocks are computed again in backward
+    lora: LoraConfig | None = None
 
 
 class CacheConfig(Section):
@@ -169,10 +212,10 @@ class Recipe(Section):
     # new_data: go on with a checkpoint's weights although shards or order changed; a new epoch
     resume: Literal["auto", "never", "new_data"] = "auto"
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
-    teacher: ModelSource | None = None
+    teacher: TeacherSource | None = None
     # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
     teacher_head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
-    student: ModelSource
+    student: StudentSource
     data: DataConfig
     batch: BatchConfig
     recalibrator: RecalibratorConfig = RecalibratorConfig()

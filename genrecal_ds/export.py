@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from genrecal_ds.errors import UserError
+from genrecal_ds.models.lora import merged
+from genrecal_ds.models.vlm import plain_model
 
 # Weights and config are written anew; everything else of the source folder belongs to it.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt")
@@ -31,8 +33,10 @@ def write_student(
     disable_progress_bar()  # one file a stage: its bar would only tear ours
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"))
     model.save_pretrained(temporary, state_dict=state)
+    # Last, so that no file of the source's is written anew in other words.
+    others = shutil.ignore_patterns(*_WEIGHTS, "config.json", ".*")
+    shutil.copytree(source, temporary, ignore=others, dirs_exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -46,11 +50,13 @@ def export_checkpoint(path: Path, folder: Path) -> None:
 
     manifest = verify(path)
     source = Path(manifest["student"])
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype="auto")
+    model = plain_model(source)
     state = model.state_dict()
     for name, value in consolidate(path).items():
         if name.startswith(_PREFIX):
             state[name.removeprefix(_PREFIX)] = value.to(model.dtype)
+    if manifest.get("adapter_scale"):
+        state = merged(state, manifest["adapter_scale"])
     write_student(model, state, source, folder)
 
 

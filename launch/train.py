@@ -73,14 +73,12 @@ def _check_versions() -> None:
 def _dry_run(recipe: Recipe) -> int:
     import yaml
 
-    from genrecal_ds.training.build import describe, describe_blocks, open_inputs
+    from genrecal_ds.training.build import describe_blocks, freeze_map, open_inputs
 
     open_inputs(recipe)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     for stage in recipe.stages:
-        print(f"stage {stage.name} ({stage.kind})")
-        for part, count, trains in describe(recipe, stage):
-            print(f"  {part:<20} {count:>15,} parameters  {'trains' if trains else 'frozen'}")
+        print(*freeze_map(recipe, stage), sep="\n")
     if any(stage.needs_teacher for stage in recipe.stages):
         print(f"recalibrator: {describe_blocks(recipe)}")
     return 0

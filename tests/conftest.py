@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 from tests.fixtures import build_digit_shards, texts_of_digits, untie
 
 torch.set_num_threads(1)
+pytest_plugins = ["tests.zoo.table"]
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ class SideBatch(NamedTuple):
     input_ids: Tensor  # int64 [B, T]
     attention_mask: Tensor  # int64 [B, T]
     vision: dict[str, Tensor]
+    real_P: Tensor  # int64: the real tokens, flat in [B*T], sample by sample
 
 
 class TeacherBatch(NamedTuple):
@@ -104,11 +105,13 @@ def collate(
 ) -> PairBatch:
     """A micro-batch of any composition that calls the same modules on every rank.
 
-    vision_rules: (teacher's, student's), key -> rows | tiles (models/families.py).
+    vision_rules: (teacher's, student's), key -> rows | tiles | canvas (models/families.py).
     Without a picture (or a sample) the placeholder joins, with labels that teach nothing:
-    a rank whose vision tower stays silent leaves the others waiting in its all-gather.
+    a rank whose vision tower stays silent leaves the others waiting in its all-gather. A pair of
+    which one side reads text only has no picture anywhere, the placeholder included.
     """
-    if not any(pair.student.vision for pair in pairs):
+    has_picture = any(pair.student.vision for pair in pairs)
+    if not pairs or (placeholder.student.vision and not has_picture):
         pairs = [*pairs, placeholder]
     student = _student_batch(pairs, vision_rules[1])
     teacher = None
@@ -176,17 +179,26 @@ def _pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
     for key, rule in rules.items():
         tensors = [view.vision[key] for view in views if key in view.vision]
         if tensors:
-            vision[key] = torch.cat(pad_tiles(tensors) if rule == "tiles" else tensors)
-    return SideBatch(input_ids, attention_mask, {**per_token, **vision})
+            vision[key] = join(tensors, rule)
+    real_P = attention_mask.flatten().nonzero().squeeze(-1)
+    return SideBatch(input_ids, attention_mask, {**per_token, **vision}, real_P)
 
 
-def pad_tiles(tensors: list[Tensor]) -> list[Tensor]:
-    """[1, tiles, ...] of several samples, padded with zeros to the most tiles."""
-    most = max(tensor.shape[1] for tensor in tensors)
-    return [
-        torch.cat([t, t.new_zeros(t.shape[0], most - t.shape[1], *t.shape[2:])], dim=1)
-        for t in tensors
-    ]
+PADDED_DIMS = {"rows": (), "tiles": (1,), "canvas": (2, 3)}  # of each collate rule
+
+
+def join(tensors: list[Tensor], rule: str) -> Tensor:
+    """Vision inputs of several samples as one, along dim 0; the rule's dims padded with zeros."""
+    for dim in PADDED_DIMS[rule]:
+        most = max(tensor.shape[dim] for tensor in tensors)
+        tensors = [_grown(tensor, dim, most) for tensor in tensors]
+    return torch.cat(tensors)
+
+
+def _grown(tensor: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def _loss_rows(

@@ -50,14 +50,17 @@ class PairEncoders:
         return (self.teacher.vision_rules if self.teacher else None), self.student.vision_rules
 
     def placeholder(self) -> Pair:
-        """A conversation about a grey picture that teaches nothing; see batch.collate."""
-        question = [{"type": "image"}, {"type": "text", "text": "x"}]
+        """A conversation that teaches nothing, about a grey picture where both models see; see
+        batch.collate."""
+        has_picture = all(encoder.reads_images for encoder in self.by_side.values())
+        images = [Image.new("RGB", (56, 56), (128, 128, 128))] if has_picture else []
+        question = [{"type": "image"}] * len(images) + [{"type": "text", "text": "x"}]
         answer = [{"type": "text", "text": "x"}]
         messages = [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-        pair = self.encode(messages, [Image.new("RGB", (56, 56), (128, 128, 128))])
+        pair = self.encode(messages, images)
         return Pair(pair.teacher, pair.student, is_placeholder=True)
 
 

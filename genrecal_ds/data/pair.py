@@ -55,7 +55,8 @@ class Encoder(Protocol):
     """Turns a chat into one model's tokens; raises Unusable with a reason."""
 
     max_length: int
-    vision_rules: dict[str, str]  # how vision inputs become a batch: rows | tiles
+    reads_images: bool
+    vision_rules: dict[str, str]  # how vision inputs become a batch: batch.join
     digest: str  # sha256 hex of the files that decide the tokens
 
     def encode(self, messages: Messages, images: list[Image]) -> EncodedChat: ...

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
-from genrecal_ds.data.batch import pad_tiles
+from genrecal_ds.data.batch import join
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.vlm import plain_model
 
 disable_progress_bar()  # of loading weights: ours is the one that shows progress
 
@@ -30,7 +30,7 @@ class Generator:
     def __post_init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.encoder = ChatEncoder(self.folder, self.max_length)
-        self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype="auto")
+        self.model = plain_model(self.folder)
         self.model.to(self.device).eval()
 
     def answers(self, samples: Sequence[Sample], batch_size: int) -> Iterator[list[str]]:
@@ -69,5 +69,5 @@ def left_pad(prompts: Sequence[dict[str, Tensor]], encoder: ChatEncoder) -> dict
     for key, rule in encoder.vision_rules.items():
         tensors = [prompt[key] for prompt in prompts if key in prompt]
         if tensors:
-            batch[key] = torch.cat(pad_tiles(tensors) if rule == "tiles" else tensors)
+            batch[key] = join(tensors, rule)
     return batch

@@ -12,7 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
+from PIL.Image import new as new_image
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -20,7 +22,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from genrecal_ds.data.pair import EncodedChat, Messages, Unusable
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.processors import load_processor
+from genrecal_ds.models.offsets import SlowOffsets
+from genrecal_ds.models.processors import backend, load_processor
+from genrecal_ds.models.tokenizer_files import check_embedding
 from genrecal_ds.models.vlm import read_config
 
 
@@ -29,42 +33,62 @@ class ChatEncoder:
 
     def __init__(self, folder: str | Path, max_length: int):
         self.folder, self.max_length = Path(folder), max_length
+        config = read_config(folder)  # first: it refuses what must not be opened any further
         self.processor = load_processor(folder)
         self.tokenizer = self.processor.tokenizer
-        config = read_config(folder)
-        rules = FAMILIES[config.model_type].vision_inputs
+        family = FAMILIES[config.model_type]
+        rules, self.is_prefix_lm = family.vision_inputs, family.prefix_lm
+        self.reads_images = bool(rules)
+        self.pixels = backend(config.model_type)
         self.per_token = [key for key, rule in rules.items() if rule == "tokens"]
         self.vision_rules = {key: rule for key, rule in rules.items() if rule != "tokens"}
         self.template = self.processor.chat_template or self.tokenizer.chat_template
         if not self.template:
             raise UserError(f"{folder}: no chat template; add chat_template.jinja to the folder")
-        if not self.tokenizer.is_fast:
-            raise UserError(f"{folder}: its tokenizer has no character offsets; save a fast one")
+        check_embedding(self.folder, self.tokenizer, config.get_text_config().vocab_size)
+        self.slow_offsets = None if self.tokenizer.is_fast else SlowOffsets(self.tokenizer)
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         self.image_token = getattr(config, "image_token_id", None)
         self.digest = digest_folder(self.folder)
+        added = self.tokenizer.added_tokens_decoder
+        unknown = self.tokenizer.unk_token_id  # special by name, but it stands for text
+        special = [token for token in added if added[token].special and token != unknown]
+        self.special_ids = torch.tensor(special, dtype=torch.int64)
         self.end_of_turn: int | None = None
         self.end_of_turn = self._find_end_of_turn()
+        if self.slow_offsets is not None:
+            self._try_slow_offsets()
 
     def encode(self, messages: Messages, images: list[Image]) -> EncodedChat:
         """Ids, spans and vision inputs. Raises Unusable with a reason for an unusable sample."""
+        if images and not self.reads_images:
+            raise Unusable("a picture, and a model that reads text only")
         if self._holds_image_token(messages):
             raise Unusable("a text that holds the image token")  # it would count as a picture
         text, starts = self._render(messages)
         encoding = self._tokenize(text, images)
         ids = encoding["input_ids"][0]
-        shift = _Shift(encoding.get("text_replacement_offsets"))
-        answers = []
-        for start in starts:
-            answers.append(self._span(ids, encoding["offset_mapping"][0], shift(start)))
+        expansion = _Expansion(encoding.get("text_replacement_offsets"))
+        if self.slow_offsets is None:
+            offsets = encoding["offset_mapping"][0]
+        else:
+            spans = self.slow_offsets.spans(expansion.text(text), ids.tolist())
+            offsets = torch.tensor(spans).reshape(-1, 2)
+        answers = [self._span(ids, offsets, expansion.char(start)) for start in starts]
         if any(a[1] > b[0] for a, b in zip(answers, answers[1:], strict=False)):
             raise Unusable("an answer has no end-of-turn of its own")
         per_token = {key: encoding[key][0] for key in self.per_token}
+        if self.is_prefix_lm:
+            if len(answers) > 1:
+                raise Unusable("a second turn, and a model that reads one question")
+            per_token["token_type_ids"][answers[0][0] :] = 1
         vision = {key: encoding[key] for key in self.vision_rules if key in encoding}
         return EncodedChat(ids, tuple(answers), per_token, vision).cut(len(answers))
 
     def num_visual(self, chat: EncodedChat) -> int:
         """How many of a chat's tokens stand for pictures."""
+        if self.image_token is None:
+            return 0
         return int((chat.input_ids_T == self.image_token).sum())
 
     def _holds_image_token(self, messages: Messages) -> bool:
@@ -86,12 +110,14 @@ class ChatEncoder:
         return {key: encoding[key] for key in keys if key in encoding}
 
     def _tokenize(self, text: str, images: list[Image]):
+        # A slow tokenizer hands the option on to its own code, which need not know it.
+        asked = {} if self.slow_offsets is not None else {"return_offsets_mapping": True}
         return self.processor(
             text=[text],
             images=images or None,
-            return_offsets_mapping=True,
+            **asked,
             return_text_replacement_offsets=True,
-            return_mm_token_type_ids="mm_token_type_ids" in self.per_token,
+            return_mm_token_type_ids=bool(self.per_token),
             add_special_tokens=False,  # the template writes them
             return_tensors="pt",
         )
@@ -140,7 +166,11 @@ class ChatEncoder:
 
     def _span(self, ids: Tensor, offsets: Tensor, start_char: int) -> tuple[int, int]:
         """Tokens from the first that reaches past start_char to the next end-of-turn."""
-        inside = (offsets[:, 1] > start_char).nonzero()
+        inside = offsets[:, 1] > start_char
+        # One that swallows the blanks behind it (rstrip) reaches into an answer that starts with
+        # blanks. It is the template's all the same.
+        inside &= ~(torch.isin(ids, self.special_ids) & (offsets[:, 0] < start_char))
+        inside = inside.nonzero()
         if not len(inside):
             raise Unusable("no token lies in the answer")
         start = int(inside[0])
@@ -174,6 +204,19 @@ class ChatEncoder:
             f"{sorted(stops)}); set eos_token_id in generation_config.json to the token it writes"
         )
 
+    def _try_slow_offsets(self) -> None:
+        """Refuse what no sample could be encoded with: a processor that needs a fast tokenizer."""
+        chat = [_message("user", "x"), _message("assistant", "xyz")]
+        images = [new_image("RGB", (64, 64))] if self.reads_images else []
+        chat[0]["content"] += [{"type": "image"} for _ in images]
+        try:
+            self.encode(chat, images)
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder}: its slow tokenizer gives no exact character offsets ({error}); "
+                "save a fast one (tokenizer.json) in the folder"
+            ) from None
+
 
 def digest_folder(folder: Path) -> str:
     """sha256 hex over the files of a model folder that decide tokens: all but its weights."""
@@ -185,20 +228,28 @@ def digest_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class _Shift:
-    """Characters before placeholder expansion -> characters after it."""
+class _Expansion:
+    """A text before and after a processor put placeholders in place of pictures."""
 
     def __init__(self, replacements: Any):
         # A text-only chat has none: None, or an empty list or tensor, depending on the family.
-        spans = replacements[0] if replacements is not None and len(replacements) else []
-        self._gains = [(r["span"][1], r["new_span"][1] - r["span"][1]) for r in spans]
+        self._replaced = replacements[0] if replacements is not None and len(replacements) else []
 
-    def __call__(self, char: int) -> int:
+    def char(self, char: int) -> int:
+        """A character's place after it."""
         gained = 0
-        for end, gain in self._gains:
-            if end <= char:
-                gained = gain
+        for replaced in self._replaced:
+            if replaced["span"][1] <= char:
+                gained = replaced["new_span"][1] - replaced["span"][1]
         return char + gained
+
+    def text(self, text: str) -> str:
+        parts, last = [], 0
+        for replaced in self._replaced:
+            start, end = replaced["span"]
+            parts += [text[last:start], replaced["replacement"]]
+            last = end
+        return "".join([*parts, text[last:]])
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

@@ -1,33 +1,52 @@
-"""Facts per model family, as data; no logic.
+"""Facts per model family, as data; no logic. transformers' own tables say the rest (classes).
 
 `components` maps parameter-name prefixes to components; the longest matching prefix wins.
 `vision_inputs` says how a processor's image tensors of single samples become a batch:
   rows    concatenate along dim 0 (patches, tiles, grids)
   tokens  one value per token: pad like input_ids, with 0
-  tiles   [1, tiles, ...]: pad dim 1 with zeros to the batch's largest, then concatenate
+  tiles   [n, tiles, ...]: pad dim 1 with zeros to the batch's largest, then concatenate
+  canvas  [n, channels, height, width]: pad height and width likewise
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-CollateRule = Literal["rows", "tokens", "tiles"]
+CollateRule = Literal["rows", "tokens", "tiles", "canvas"]
 
 
 @dataclass(frozen=True)
 class Family:
     components: dict[str, str]
-    vision_inputs: dict[str, CollateRule]
+    vision_inputs: dict[str, CollateRule] = field(default_factory=dict)  # {}: reads text only
+    packs: bool = True  # several samples in one sequence, exactly (models/packing.py)
+    norm_adds_one: bool = False  # its norms multiply by 1 + weight
+    # Questions attend in both directions, answers causally: one turn, whose tokens have type 1.
+    # Such a processor writes text around pictures by itself; ours expands placeholders alone.
+    prefix_lm: bool = False
+    template: str | None = None  # for folders without one
+    needs_torchvision: bool = False  # its pixels, or its processor, come from torchvision alone
 
 
-def _language(prefix: str) -> dict[str, str]:
+def _language(prefix: str, norm: str = "norm.") -> dict[str, str]:
     return {
         f"{prefix}embed_tokens.": "embeddings",
         f"{prefix}layers.": "layers",
-        f"{prefix}norm.": "norm",
+        f"{prefix}{norm}": "norm",
         "lm_head.": "head",
     }
 
 
+def _seeing(vision: str, projectors: tuple[str, ...], language: str) -> dict[str, str]:
+    return {
+        f"model.{vision}.": "vision",
+        **{f"model.{name}.": "projector" for name in projectors},
+        **_language(f"model.{language}."),
+    }
+
+
+_PIXELS: dict[str, CollateRule] = {"pixel_values": "rows"}
+_TEXT = Family(_language("model."))
+_GEMMA_TEXT = Family(_language("model."), norm_adds_one=True)
 _QWEN_VL = Family(
     components={
         "model.visual.": "vision",
@@ -35,31 +54,55 @@ _QWEN_VL = Family(
         "model.visual.deepstack_merger_list.": "projector",
         **_language("model.language_model."),
     },
-    vision_inputs={
-        "pixel_values": "rows",
-        "image_grid_thw": "rows",
-        "mm_token_type_ids": "tokens",
-    },
+    vision_inputs={**_PIXELS, "image_grid_thw": "rows", "mm_token_type_ids": "tokens"},
 )
-_LLAVA = Family(
-    components={
-        "model.vision_tower.": "vision",
-        "model.multi_modal_projector.": "projector",
-        **_language("model.language_model."),
-    },
-    vision_inputs={"pixel_values": "rows"},
-)
+_LLAVA = {
+    **_seeing("vision_tower", ("multi_modal_projector",), "language_model"),
+    "model.image_newline": "projector",
+}
 _IDEFICS = Family(
-    components={
-        "model.vision_model.": "vision",
-        "model.connector.": "projector",
-        **_language("model.text_model."),
-    },
-    vision_inputs={"pixel_values": "tiles", "pixel_attention_mask": "tiles"},
+    _seeing("vision_model", ("connector",), "text_model"),
+    {"pixel_values": "tiles", "pixel_attention_mask": "tiles"},
 )
+_ANY_SIZE: dict[str, CollateRule] = {"pixel_values": "canvas", "image_sizes": "rows"}
+_PALIGEMMA_TEMPLATE = (
+    "{% macro text(message) %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    "{% endif %}{% endmacro %}"
+    "{% for message in messages if message.content is not string %}"
+    "{% for part in message.content if part.type == 'image' %}<image>{% endfor %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ text(message) }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ text(message) }}{{ '\n' }}{% endif %}{% endfor %}"
+)
+_GEMMA = Family(_LLAVA, {**_PIXELS, "token_type_ids": "tokens"}, packs=False, norm_adds_one=True)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
-    "internvl": _LLAVA,
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN_VL,
+    "internvl": Family(_LLAVA, _PIXELS),
+    "llava": Family(_LLAVA, _ANY_SIZE),
+    "llava_next": Family(_LLAVA, {"pixel_values": "tiles", "image_sizes": "rows"}),
+    "llava_onevision": Family(
+        _LLAVA, {"pixel_values": "tiles", "image_sizes": "rows", "batch_num_images": "rows"}
+    ),
     "idefics3": _IDEFICS,
-}
+    "smolvlm": _IDEFICS,
+    "gemma3": _GEMMA,
+    "paligemma": replace(_GEMMA, prefix_lm=True, template=_PALIGEMMA_TEMPLATE),
+    "mistral3": Family(_LLAVA, _ANY_SIZE, needs_torchvision=True),
+    "ovis2": Family(
+        _seeing("vision_tower", ("vision_tower.head_linear", "vision_tower.head_norm",
+                                 "visual_embeddings_table"), "language_model"),
+        _PIXELS,
+    ),
+    "gemma": _GEMMA_TEXT,
+    "gemma2": _GEMMA_TEXT,
+    "internlm3": _TEXT,
+    "llama": _TEXT,
+    "mistral": _TEXT,
+    "phi3": _TEXT,
+    "qwen2": _TEXT,
+    "qwen3": _TEXT,
+}  # fmt: skip

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from genrecal_ds import dist
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.loading import Checkpoint
+from genrecal_ds.models.loading import Checkpoint, file_names
+from genrecal_ds.models.vlm import logit_transform, read_config, skeleton
 from genrecal_ds.ops.head_loss import Head, HeadLoss, head_loss
 from genrecal_ds.ops.head_loss.vocab_parallel import all_gather, head_loss_vocab_parallel
 
@@ -82,7 +83,7 @@ def place_frozen_head(
     if placement == "replicated" or dist.world_size() == 1:
         return ReplicatedHead(load_frozen_head(folder, dtype, device))
     checkpoint = Checkpoint(folder)
-    weight, bias = _names(checkpoint)
+    weight, bias = _names(folder, checkpoint)
     vocabulary, width = checkpoint.shape(weight)
     ranks, rank = dist.world_size(), dist.rank()
     if vocabulary < ranks:
@@ -98,7 +99,9 @@ def place_frozen_head(
         return torch.cat([read, read.new_zeros((last - first) * size - len(read))])
 
     head = Head(
-        rows(weight, width).view(last - first, width), None if bias is None else rows(bias, 1)
+        rows(weight, width).view(last - first, width),
+        None if bias is None else rows(bias, 1),
+        *logit_transform(read_config(folder)),
     )
     if placement == "gathered":
         return GatheredHead(head, vocabulary)
@@ -108,35 +111,34 @@ def place_frozen_head(
 def load_frozen_head(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Head:
     """The teacher's head [V, H] as plain tensors; the embedding when the model is tied."""
     checkpoint = Checkpoint(folder)
-    weight, bias = _names(checkpoint)
+    weight, bias = _names(folder, checkpoint)
     return Head(
         checkpoint.tensor(weight).to(device, dtype),
         None if bias is None else checkpoint.tensor(bias).to(device, dtype),
+        *logit_transform(read_config(folder)),
     )
 
 
 def load_final_norm(folder: str | Path) -> Tensor | None:
-    """Weight [H] of the language model's final norm, or None when the model has none."""
+    """What [H] the language model's final norm multiplies by, or None when it has no weight."""
+    vlm = skeleton(folder)
     checkpoint = Checkpoint(folder)
-    suffixes = ("language_model.norm.weight", "text_model.norm.weight", "model.norm.weight")
-    for suffix in suffixes:
-        for name in checkpoint.names:
-            if name.endswith(suffix) and "visual" not in name and "vision" not in name:
-                return checkpoint.tensor(name)
+    stored = file_names(vlm.model, checkpoint)
+    for name, _, component in vlm.components():
+        if component == "norm" and name.endswith(".weight"):
+            weight = checkpoint.tensor(stored[name.removeprefix("model.")])
+            return weight + 1 if vlm.family.norm_adds_one else weight
     return None
 
 
-def _names(checkpoint: Checkpoint) -> tuple[str, str | None]:
-    """Names of the head's weight and bias in the files."""
-    names = checkpoint.names
-    embedding = next((name for name in names if name.endswith("embed_tokens.weight")), None)
-    weight = next((name for name in names if name.endswith("lm_head.weight")), embedding)
-    if weight is None:
-        raise ValueError(
-            f"{checkpoint.folder}: neither lm_head.weight nor embed_tokens.weight in its files"
-        )
-    bias = weight.removesuffix("weight") + "bias"
-    return weight, bias if bias in names else None
+def _names(folder: str | Path, checkpoint: Checkpoint) -> tuple[str, str | None]:
+    """Names of the head's weight and bias in the files; the embedding's when it is tied."""
+    vlm = skeleton(folder)
+    stored = file_names(vlm.model, checkpoint)
+    named = dict(vlm.model.named_parameters(remove_duplicate=False))
+    weight = next(name for name, parameter in named.items() if parameter is vlm.head.weight)
+    bias = next((name for name, parameter in named.items() if parameter is vlm.head.bias), None)
+    return stored[weight], None if bias is None else stored[bias]
 
 
 def _gather(share: Tensor) -> Tensor:

@@ -26,7 +26,14 @@ class Checkpoint:
             with safe_open(single, framework="pt") as file:
                 self._file_of = dict.fromkeys(file.keys(), single.name)
         else:
-            raise UserError(f"{self.folder}: no model.safetensors; save the model as safetensors")
+            pickled = sorted(
+                p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s)
+            )
+            found = f"{pickled[0]} is a pickle, which can run code" if pickled else "no weights"
+            raise UserError(
+                f"{self.folder}: {found}; save the model as model.safetensors (from_pretrained, "
+                "then save_pretrained)"
+            )
 
     @property
     def names(self) -> list[str]:

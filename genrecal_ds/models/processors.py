@@ -2,81 +2,196 @@
 
 transformers builds a processor's video part with torchvision, even to read one picture. Here the
 part is left out. Pixels always come from the PIL backend, whatever is installed: PIL and
-torchvision resize to different pixels, and a run must not depend on which one is there.
+torchvision resize to different pixels, and a run must not depend on which one is there. Families
+that have no PIL backend (Family.needs_torchvision) take torchvision's, or are refused.
 """
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, ProcessorMixin
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from genrecal_ds.errors import UserError
-
-# model_type -> (module, processor class, module, PIL image processor class)
-_CLASSES = {
-    "qwen2_vl": (
-        "qwen2_vl.processing_qwen2_vl", "Qwen2VLProcessor",
-        "qwen2_vl.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil",
-    ),
-    "internvl": (
-        "internvl.processing_internvl", "InternVLProcessor",
-        "got_ocr2.image_processing_pil_got_ocr2", "GotOcr2ImageProcessorPil",
-    ),
-    "idefics3": (
-        "idefics3.processing_idefics3", "Idefics3Processor",
-        "idefics3.image_processing_pil_idefics3", "Idefics3ImageProcessorPil",
-    ),
-}  # fmt: skip
+from genrecal_ds.models.families import FAMILIES
+from genrecal_ds.models.remote import is_allowed
+from genrecal_ds.models.tokenizer_files import check_tokenizer, is_plain
 
 
-def _find(module: str, name: str) -> type:
-    return getattr(importlib.import_module(f"transformers.models.{module}"), name)
+class TextProcessor:
+    """A tokenizer called as a processor is; it has no pictures to prepare."""
+
+    image_token = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.chat_template = tokenizer.chat_template
+
+    def __call__(self, text: list[str], images: None = None, **options: Any):
+        for option in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
+            options.pop(option, None)
+        return self.tokenizer(text, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+class ExpandingProcessor:
+    """A processor whose text path is left aside: each placeholder of a picture is repeated, as
+    often as the picture has tokens, and nothing else of the text is changed."""
+
+    def __init__(self, processor: ProcessorMixin, template: str | None):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.image_token = processor.image_token
+        self.chat_template = processor.chat_template or template
+
+    def __call__(self, text: list[str], images: list | None = None, **options: Any):
+        for option in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
+            options.pop(option, None)
+        parts = text[0].split(self.image_token)
+        replacement = self.image_token * self.processor.image_seq_length
+        replaced, start, new_start = [], 0, 0
+        for part in parts[:-1]:
+            start, new_start = start + len(part), new_start + len(part)
+            end, new_end = start + len(self.image_token), new_start + len(replacement)
+            spans = {"span": (start, end), "new_span": (new_start, new_end)}
+            replaced.append({"text": self.image_token, **spans, "replacement": replacement})
+            start, new_start = end, new_end
+        encoding = self.tokenizer([replacement.join(parts)], **options)
+        encoding["text_replacement_offsets"] = [replaced]
+        encoding["token_type_ids"] = encoding["input_ids"] * 0
+        if images:
+            encoding.update(self.processor.image_processor(images, return_tensors="pt"))
+        return encoding
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.processor.save_pretrained(folder)
 
 
 def build_processor(
-    model_type: str, tokenizer: Any, image_settings: dict[str, Any], **settings: Any
+    model_type: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_settings: dict[str, Any],
+    *,
+    processor_class: str | None = None,
+    image_processor_type: str | None = None,
+    **settings: Any,
 ) -> ProcessorMixin:
     """A family's processor from its parts; image_settings are the image processor's own keys.
 
-    Raises UserError for a family without an entry.
+    The two class names are what a folder's files say; default: transformers' own for the family.
+    Raises UserError for a family without a processor, or one whose backend is not installed.
     """
-    if model_type not in _CLASSES:
-        known = ", ".join(sorted(_CLASSES))
-        raise UserError(f"model_type {model_type} has no processor entry; known: {known}")
-    processor_module, processor_name, image_module, image_name = _CLASSES[model_type]
-    original = _find(processor_module, processor_name)
+    name = processor_class or PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise UserError(f"model_type {model_type} has no processor in this transformers")
+    original = _transformers_class(name, model_type)
 
     class WithoutVideo(original):  # type: ignore[misc, valid-type]
         @classmethod
         def get_attributes(cls) -> list[str]:
             return ["image_processor", "tokenizer"]
 
-    WithoutVideo.__name__ = processor_name  # the name that save_pretrained writes
-    image_processor = _find(image_module, image_name)(**image_settings)
-    return WithoutVideo(image_processor=image_processor, tokenizer=tokenizer, **settings)
+    WithoutVideo.__name__ = original.__name__  # the name that save_pretrained writes
+    image_processor = _image_processor_class(model_type, image_processor_type)(**image_settings)
+    if "video_processor" in inspect.signature(original.__init__).parameters:
+        settings["video_processor"] = None
+    try:
+        return WithoutVideo(image_processor=image_processor, tokenizer=tokenizer, **settings)
+    except ImportError as error:  # SmolVLM's spells numbers in words, for videos
+        raise UserError(f"model_type {model_type}: {' '.join(str(error).split())}") from None
 
 
-def load_processor(folder: str | Path) -> ProcessorMixin:
+def backend(model_type: str) -> str:
+    """Where a family's pixels come from: pil, torchvision, or none for a text-only model."""
+    family = FAMILIES[model_type]
+    if not family.vision_inputs:
+        return "none"
+    return "torchvision" if family.needs_torchvision else "pil"
+
+
+def load_processor(folder: str | Path) -> ProcessorMixin | TextProcessor | ExpandingProcessor:
     """The processor of a model folder. Raises UserError naming the folder and the missing file."""
     folder = Path(folder)
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    tokenizer = load_tokenizer(folder)
+    if model_type in FAMILIES and not FAMILIES[model_type].vision_inputs:
+        return TextProcessor(tokenizer)
     settings = _read(folder / "processor_config.json")
     image_settings = settings.pop("image_processor", None) or _read(
         folder / "preprocessor_config.json"
     )
     if not image_settings:
         raise UserError(f"{folder}: no preprocessor_config.json; copy it from the model's release")
-    for key in ("processor_class", "video_processor", "auto_map"):
+    for key in ("video_processor", "auto_map"):
         settings.pop(key, None)
-    image_settings.pop("image_processor_type", None)
+    named = {
+        "processor_class": settings.pop("processor_class", None),
+        "image_processor_type": image_settings.pop("image_processor_type", None),
+    }
     image_settings.pop("processor_class", None)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     template = folder / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = template.read_text()
-    return build_processor(model_type, tokenizer, image_settings, **settings)
+    processor = build_processor(model_type, tokenizer, image_settings, **named, **settings)
+    family = FAMILIES.get(model_type)
+    if family is not None and family.prefix_lm:
+        return ExpandingProcessor(processor, family.template)
+    return processor
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Raises UserError where the folder has none, or one that splits otherwise than it says."""
+    try:
+        if is_plain(folder):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=is_allowed(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{folder}: no tokenizer that loads ({reason}); copy the tokenizer's files from the "
+            "model's release"
+        ) from None
+    check_tokenizer(folder, tokenizer)
+    return tokenizer
+
+
+def _image_processor_class(model_type: str, name: str | None) -> type:
+    """By the folder's word, else transformers' for the family; PIL wherever there is one."""
+    names = dict(IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {}))
+    if name:
+        stem = name.removesuffix("Fast").removesuffix("Pil")
+        candidates = [n for pair in IMAGE_PROCESSOR_MAPPING_NAMES.values() for n in pair.values()]
+        if stem in candidates or f"{stem}Pil" in candidates:
+            names = {"torchvision": stem, "pil": f"{stem}Pil"}
+            if f"{stem}Pil" not in candidates:
+                names.pop("pil")
+    chosen = names.get("pil") or names.get("torchvision")
+    if chosen is None:
+        raise UserError(f"model_type {model_type} has no image processor in this transformers")
+    return _transformers_class(chosen, model_type)
+
+
+def _transformers_class(name: str, model_type: str) -> type:
+    found = getattr(importlib.import_module("transformers"), name, None)
+    backends = getattr(found, "_backends", ())  # of a stand-in for a class that cannot be imported
+    if found is None:
+        raise UserError(f"model_type {model_type}: this transformers has no {name}; update it")
+    if "torchvision" in backends:
+        raise UserError(
+            f"model_type {model_type}: {name} needs torchvision, which is not installed"
+        )
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

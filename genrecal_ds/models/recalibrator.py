@@ -70,12 +70,15 @@ class Recalibrator(nn.Module):
         self.norm = nn.RMSNorm(teacher_width, eps=eps, dtype=dtype)
 
     def initialize(self, std: float, teacher_norm_H: Tensor | None) -> None:
-        """Blocks and projections N(0, std), biases 0, norms 1, the last the teacher's own."""
+        """Blocks and projections N(0, std), biases 0, the last norm the teacher's own.
+
+        Other norms stay as their class makes them: some multiply by 1 + weight.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=std)
-            else:
-                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         if teacher_norm_H is not None:
             with torch.no_grad():
                 self.norm.weight.copy_(teacher_norm_H)
@@ -142,10 +145,12 @@ def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     # The embedding is never used; one row keeps its construction cheap.
     config.vocab_size, config.pad_token_id = 1, None
     rope = dict(getattr(config, "rope_parameters", None) or {})
+    is_by_kind = "full_attention" in rope  # Gemma3 has one theta for each kind of layer
+    rope = rope["full_attention"] if is_by_kind else rope
     plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
     if "mrope_section" in rope:  # a Qwen-VL block needs it; equal ids on all axes are plain RoPE
         plain["mrope_section"] = rope["mrope_section"]
-    config.rope_parameters = plain
+    config.rope_parameters = {"full_attention": plain} if is_by_kind else plain
     return config
 
 

@@ -1,23 +1,51 @@
-"""Any Hugging Face VLM as one interface: body, head, and what each parameter belongs to.
+"""Any Hugging Face VLM or LLM as one interface: body, head, and what each parameter belongs to.
 
 Shapes: B batch, T sequence length, D width, N loss rows, V vocabulary.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from genrecal_ds.data.batch import SideBatch
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.families import FAMILIES
 from genrecal_ds.models.loading import load_full
+from genrecal_ds.models.packing import (
+    Samples,
+    attend_within_samples,
+    is_plain,
+    packed_inputs,
+    spans_of,
+    unpacked,
+)
+from genrecal_ds.models.remote import is_allowed
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 
 COMPONENTS = ("vision", "projector", "embeddings", "layers", "norm", "head")
+# bf16 rounds twice on the two ways to the same logits; fp32 only orders sums differently.
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+class LogitTransform(NamedTuple):
+    """What a family does to logits behind its head: softcap(scale * logits)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 class LanguageHead(nn.Linear):
@@ -27,53 +55,131 @@ class LanguageHead(nn.Linear):
     weight; read anywhere else it has no elements.
     """
 
+    transform = LogitTransform()
+
     def forward(
         self, rows: Tensor, labels_N: Tensor | None = None, row_weights_N: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of rows [.., D], or with labels (weighted CE sum, CE per row [N])."""
+        """Logits of rows [.., D] as the family's own code expects them, before its transform; or
+        with labels (weighted CE sum, CE per row [N]), the transform included."""
         if labels_N is None:
             return super().forward(rows)
-        return linear_cross_entropy(rows, labels_N, Head(self.weight, self.bias), row_weights_N)
+        head = Head(self.weight, self.bias, *self.transform)
+        return linear_cross_entropy(rows, labels_N, head, row_weights_N)
 
 
 class VLM(nn.Module):
-    """A transformers VLM split into body and head. Parameter names are `model.<HF name>`."""
+    """A transformers model split into body and head. Parameter names are `model.<HF name>`."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(
+        self, model: PreTrainedModel, pack: bool | None = False, attention: str | None = None
+    ):
+        """pack: run a batch's samples as one sequence, without padding (models/packing.py), by
+        our attention unless `attention` names one of transformers'; None: where ours is enough.
+
+        Raises UserError for a model whose head has no adapter, and for packing where the family
+        does not allow it exactly.
+        """
         super().__init__()
         self.model = model
-        self.family = FAMILIES[model.config.model_type]
+        self.adapter_scale: float | None = None  # with adapters (models/lora.py) in its layers
+        model_type = model.config.model_type
+        self.family = FAMILIES[model_type]
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise UserError(
                 f"{type(model).__name__}: head {type(head).__name__} has no adapter yet"
             )
+        if pack and not self.family.packs:
+            raise UserError(
+                f"pack: {model_type} samples do not stay apart in one sequence; leave it out"
+            )
+        decoder = model.get_decoder()
+        is_ours = self.family.packs and attention is None and is_plain(decoder.config)
+        self.pack = is_ours if pack is None else pack
+        self.samples: Samples | None = None
+        if self.pack and is_ours:
+            self.samples = attend_within_samples(decoder)
         # The same module with one more call form: parameters, names and ties stay as they are.
         head.__class__ = LanguageHead
+        head.transform = logit_transform(model.config)
 
     @classmethod
-    def from_config(cls, folder: str | Path, dtype: torch.dtype) -> "VLM":
+    def from_config(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype,
+        pack: bool | None = False,
+        attention: str | None = None,
+    ) -> "VLM":
         """The architecture of a folder with random weights; call it under zero.Init to shard it.
 
-        Raises UserError for a family without facts in models/families.py.
+        attention: of transformers' backends; default its own choice. Raises UserError for a
+        family without facts in models/families.py, or a backend that would ignore a softcap.
         """
         config = read_config(folder)
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        _check_attention(folder, config, attention)
+        model = auto_class(config).from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=is_allowed(folder)
+        )
         model.tie_weights()  # part of the initialisation that a sharded build skips
-        return cls(model)
+        return cls(model, pack, attention)
 
     def body(
-        self, input_ids: Tensor, attention_mask: Tensor, vision: Mapping[str, Tensor]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        vision: Mapping[str, Tensor],
+        real_P: Tensor | None = None,
     ) -> Tensor:
-        """hidden [B, T, D] after the final norm: what enters the head."""
+        """hidden [B, T, D] after the final norm: what enters the head. real_P: flat positions of
+        the real tokens in [B * T], needed to pack; rows of padding are then 0."""
         vision = {
             key: value.to(self.model.dtype) if value.is_floating_point() else value
             for key, value in vision.items()
         }
-        output = self.model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **vision
-        )
+        body = self.model.base_model
+        if self.pack:
+            assert real_P is not None
+            if self.samples is not None:
+                self.samples.spans = spans_of(attention_mask)
+            inputs = packed_inputs(body, self.family, input_ids, attention_mask, vision, real_P)
+            return unpacked(body(**inputs, use_cache=False).last_hidden_state, input_ids, real_P)
+        output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **vision)
         return output.last_hidden_state
+
+    def compile_blocks(self) -> None:
+        """torch.compile of each decoder block by itself; equal blocks share their code."""
+        for block in self.model.get_decoder().layers:
+            block.compile(dynamic=True)
+
+    @torch.no_grad()
+    def check(self, input_ids: Tensor) -> None:
+        """One forward on text: our head on our body must give the family's own logits.
+
+        What transformers does behind a head differs by family and version; a model for which
+        this does not hold would be taught towards other logits than it answers with. Under
+        ZeRO-3 a collective, and only inside an engine. Raises UserError saying what differs.
+        """
+        mask, tokens = torch.ones_like(input_ids), {"token_type_ids", "mm_token_type_ids"}
+        per_token = {
+            key: torch.zeros_like(input_ids) for key in self.family.vision_inputs if key in tokens
+        }
+        own = self.model(
+            input_ids=input_ids, attention_mask=mask, use_cache=False, **per_token
+        ).logits.float()
+        hidden = self.body(
+            input_ids, mask, per_token, torch.arange(input_ids.numel()).to(mask.device)
+        )
+        ours = _transformed(self.head(hidden).float(), self.head.transform)
+        scale = own.abs().max().clamp(min=1.0)
+        error = ((ours - own).abs().max() / scale).item()
+        if not error <= SELF_CHECK_TOLERANCE.get(self.model.dtype, 3e-2):
+            raise UserError(
+                f"{type(self.model).__name__}: head(body(x)) differs from its logits by "
+                f"{error:.1e}: it changes them behind the head in a way that models/vlm.py, "
+                "logit_transform, does not know; add it there"
+            )
 
     @property
     def head(self) -> LanguageHead:
@@ -90,10 +196,15 @@ class VLM(nn.Module):
     def components(self) -> Iterator[tuple[str, nn.Parameter, str]]:
         """(name, parameter, component) of every parameter, a tied pair once, as `embeddings`."""
         for name, parameter in self.named_parameters():
-            yield name, parameter, component_of(name.removeprefix("model."), self.family.components)
+            yield name, parameter, self.component_of(name)
+
+    def component_of(self, name: str) -> str:
+        """Component of one of our parameter names."""
+        return component_of(name.removeprefix("model."), self.family.components)
 
     def train_only(self, trained: tuple[str, ...]) -> None:
-        """Set requires_grad by component. A tied weight follows `head` and `embeddings` as one.
+        """Set requires_grad by component. A tied weight follows `head` and `embeddings` as one;
+        of layers with adapters only those train.
 
         Raises UserError when a tied model is asked to train one of the two only.
         """
@@ -102,8 +213,10 @@ class VLM(nn.Module):
             raise UserError(
                 f"train: {one} alone, but the student's head is tied; name both or none"
             )
-        for _, parameter, component in self.components():
-            parameter.requires_grad_(component in trained)
+        for name, parameter, component in self.components():
+            is_base = self.adapter_scale is not None and component == "layers"
+            is_base = is_base and ".lora_" not in name
+            parameter.requires_grad_(component in trained and not is_base)
 
 
 def component_of(name: str, prefixes: Mapping[str, str]) -> str:
@@ -114,22 +227,77 @@ def component_of(name: str, prefixes: Mapping[str, str]) -> str:
     return prefixes[max(matches, key=len)]
 
 
-def read_config(folder: str | Path):
-    """A folder's transformers config. Raises UserError for an unknown family."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{folder}: model_type {config.model_type} has no adapter; known: {known}")
+def skeleton(folder: str | Path) -> VLM:
+    """A folder's architecture on the meta device: names, shapes and ties, no memory."""
+    with torch.device("meta"):
+        return VLM.from_config(folder, torch.float32)
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """transformers' factory for a family: with eyes, or text only; else the one its code names."""
+    if config.model_type in CONFIG_MAPPING:
+        has_eyes = bool(FAMILIES[config.model_type].vision_inputs)
+        return AutoModelForMultimodalLM if has_eyes else AutoModelForCausalLM
+    factories = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM)
+    return next(f for f in factories if f.__name__ in config.auto_map)
+
+
+def plain_model(folder: str | Path) -> PreTrainedModel:
+    """A folder's own class with its weights, as transformers loads it."""
+    factory = auto_class(read_config(folder))
+    return factory.from_pretrained(folder, dtype="auto", trust_remote_code=is_allowed(folder))
+
+
+def logit_transform(config: PreTrainedConfig) -> LogitTransform:
+    """From the names that text configs give it; VLM.check shows whether that is all."""
     text = config.get_text_config()
-    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(text, key, None) not in (None, 1.0):
-            raise UserError(f"{folder}: {key} changes the logits after the head; no adapter yet")
-    return config
+    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
+    return LogitTransform(float(scale), getattr(text, "final_logit_softcapping", None))
 
 
-def load_vlm(folder: str | Path, dtype: torch.dtype = torch.float32) -> VLM:
+def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
+    logits = logits * transform.scale
+    if transform.softcap is None:
+        return logits
+    return transform.softcap * torch.tanh(logits / transform.softcap)
+
+
+def read_config(folder: str | Path) -> PreTrainedConfig:
+    """A folder's transformers config. Raises UserError for an unknown family."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no config.json; name a Hugging Face model folder")
+    stored = json.loads(path.read_text())
+    model_type = stored.get("model_type")
+    if model_type not in FAMILIES:
+        if "auto_map" in stored:
+            raise UserError(
+                f"{folder}: model_type {model_type} runs Python code of its own folder; take a "
+                "release that transformers knows, or list the files under allow_remote_code"
+            )
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"{folder}: model_type {model_type} has no adapter; known: {known}")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=is_allowed(folder))
+
+
+def _check_attention(folder: str | Path, config: PreTrainedConfig, attention: str | None) -> None:
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if softcap is not None and attention == "sdpa":
+        raise UserError(
+            f"{folder}: attention: sdpa ignores its softcap of {softcap} on attention logits; "
+            "take eager, flex_attention or flash_attention_2"
+        )
+
+
+def load_vlm(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    pack: bool = False,
+    attention: str | None = None,
+) -> VLM:
     """A whole VLM on this process; the trainer loads sharded instead (training/build.py)."""
-    vlm = VLM.from_config(folder, dtype)
+    vlm = VLM.from_config(folder, dtype, pack, attention)
     load_full(vlm.model, folder)
     return vlm
 

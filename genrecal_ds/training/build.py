@@ -5,13 +5,15 @@ The only place where models, data and engines meet.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import DataConfig, Recipe, StageConfig, load_ds_config
+from genrecal_ds.config import DataConfig, ModelSource, Recipe, StageConfig, load_ds_config
 from genrecal_ds.data import lengths
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.lengths import Lengths
@@ -22,24 +24,31 @@ from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.families import Family
 from genrecal_ds.models.head import load_final_norm, place_frozen_head
 from genrecal_ds.models.loading import Checkpoint, file_names
+from genrecal_ds.models.lora import add_adapters, merged
 from genrecal_ds.models.recalibrator import (
     Recalibrator,
     choose_blocks,
     load_recalibrator,
     save_recalibrator,
 )
+from genrecal_ds.models.remote import allow
+from genrecal_ds.models.replica import load_replica
 from genrecal_ds.models.vlm import VLM, TeacherBody, read_config
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.supervised import Supervised
 from genrecal_ds.training.engine import (
     StudentEngine,
+    Teacher,
     TeacherEngine,
+    TeacherReplica,
     build_sharded,
     load_sharded,
     monitor_config,
 )
+from genrecal_ds.training.progress import host_memory_gib
 from genrecal_ds.training.stages import STAGES, freeze
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,9 +62,10 @@ class StageParts:
     plan: StepPlan
     validation: PairDataset | None
     student: StudentEngine
-    teacher: TeacherEngine | None
+    teacher: Teacher | None
     export: Callable[[Path], None]  # a collective: writes the stage's result folders
     clock: Clock
+    facts: dict[str, Any]  # of this start: versions, where pixels come from, memory of every rank
 
     def close(self) -> None:
         self.student.close()
@@ -74,6 +84,9 @@ class Inputs:
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Tokenizers, templates and shard indices. Raises UserError for the first that fails."""
+    for source in (recipe.student, recipe.teacher):
+        if source:
+            allow_code(source)
     student = ChatEncoder(recipe.student.path, recipe.student.max_length)
     encoders = {False: PairEncoders(student, too_long=recipe.data.too_long)}
     if any(stage.needs_teacher for stage in recipe.stages):
@@ -81,7 +94,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
         teacher = ChatEncoder(recipe.teacher.path, recipe.teacher.max_length)
         encoders[True] = PairEncoders(student, teacher, recipe.data.too_long)
     folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
-    indices = {folder: ShardIndex.load(_store(folder, recipe)) for folder in folders if folder}
+    indices = {folder: ShardIndex.load(store_of(folder, recipe)) for folder in folders if folder}
     found: dict[tuple[str, bool], Lengths] = {}
     for stage in recipe.stages:
         key = (stage.data or recipe.data.train, stage.needs_teacher)
@@ -90,7 +103,14 @@ def open_inputs(recipe: Recipe) -> Inputs:
     return Inputs(encoders, indices, found)
 
 
-def _store(folder: str, recipe: Recipe) -> ShardStore:
+def allow_code(source: ModelSource) -> None:
+    """Before anything else of the folder is opened. Raises UserError for a file not as listed."""
+    if code := source.allow_remote_code:
+        allow(source.path, code.files, Family(code.components, dict(code.vision_inputs)))
+
+
+def store_of(folder: str, recipe: Recipe) -> ShardStore:
+    """A folder of shards, or a URL behind the recipe's cache."""
     cache = recipe.data.cache
     if cache is None:
         return ShardStore(folder, recipe.data.remote)
@@ -150,6 +170,9 @@ def build_stage(
         recipe.accumulation_steps(stage, dist.world_size()),
         monitor_config(run_folder, recipe.log.tensorboard, recipe.log.wandb),
     )
+    _check_logits(student, encoders.student)
+    if teacher:
+        _check_logits(teacher.module.teacher, encoders.teacher)
     return StageParts(
         dataset=PairDataset(index, encoders, with_regular),
         plan=StepPlan(order),
@@ -158,27 +181,70 @@ def build_stage(
         teacher=teacher,
         export=_exporter(engine, student_folder, recipe),
         clock=clock,
+        facts=_facts(encoders),
     )
+
+
+def _facts(encoders: PairEncoders) -> dict[str, Any]:
+    """A collective. Pixels of another backend are other pixels: a run says which it had."""
+    peaks = torch.zeros(dist.world_size(), dtype=torch.float64)
+    peaks[dist.rank()] = host_memory_gib()
+    return {
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "pixels": {side: encoder.pixels for side, encoder in encoders.by_side.items()},
+        "host_memory_gib": dist.sum_over_ranks(peaks.to(dist.device())).tolist(),
+    }
+
+
+def _check_logits(vlm: VLM, encoder: ChatEncoder) -> None:
+    """See VLM.check; on a few tokens of text, with the weights that train. A collective."""
+    turns = [("user", "what is 1 plus 2 ?"), ("assistant", "3")]
+    chat = encoder.encode(
+        [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns], []
+    )
+    vlm.check(chat.input_ids_T[None].to(dist.device()))
 
 
 def load_student(folder: Path, recipe: Recipe) -> VLM:
     """The whole student, sharded."""
-    return load_vlm_sharded(folder, recipe.deepspeed.student, recipe.precision)
+    student = load_vlm_sharded(folder, recipe.deepspeed.student, recipe.precision, recipe.student)
+    if recipe.student.lora:
+        add_adapters(student, recipe.student.lora)
+    if recipe.student.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
 
 
-def load_teacher(recipe: Recipe) -> TeacherEngine:
-    """The teacher's body, sharded, frozen, in an engine of its own."""
+def load_teacher(recipe: Recipe) -> Teacher:
+    """The teacher's frozen body: sharded, in an engine of its own, or whole on every rank."""
     assert recipe.teacher is not None
-    vlm = load_vlm_sharded(recipe.teacher.path, recipe.deepspeed.teacher, recipe.precision)
-    return TeacherEngine(
-        TeacherBody(vlm), load_ds_config(recipe.deepspeed.teacher), recipe.precision
-    )
+    source = recipe.teacher
+    if source.placement == "zero3":
+        vlm = load_vlm_sharded(source.path, recipe.deepspeed.teacher, recipe.precision, source)
+        return TeacherEngine(
+            TeacherBody(vlm), load_ds_config(recipe.deepspeed.teacher), recipe.precision
+        )
+    vlm = load_replica(
+        source.path, DTYPES[recipe.precision], dist.device(),
+        source.placement == "replica_int8", source.pack, source.attention,
+    )  # fmt: skip
+    if source.compile:
+        vlm.compile_blocks()
+    return TeacherReplica(TeacherBody(vlm))
 
 
-def load_vlm_sharded(folder: str | Path, ds_name: str, precision: str) -> VLM:
-    """A whole VLM from its folder; each rank holds, and reads, only its own share."""
+def load_vlm_sharded(
+    folder: str | Path, ds_name: str, precision: str, source: ModelSource | None = None
+) -> VLM:
+    """A whole VLM from its folder; each rank holds, and reads, only its own share.
+
+    source: the recipe's word on packing and attention; the folder may be a later stage's.
+    """
+    options = (source.pack, source.attention) if source else ()
     vlm = build_sharded(
-        lambda: VLM.from_config(folder, DTYPES[precision]), load_ds_config(ds_name), precision
+        lambda: VLM.from_config(folder, DTYPES[precision], *options),
+        load_ds_config(ds_name),
+        precision,
     )
     checkpoint = Checkpoint(folder)
     stored = file_names(vlm.model, checkpoint)
@@ -232,6 +298,9 @@ def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[
     def export(folder: Path) -> None:
         student_state = engine.full_state("student.model.")
         recalibrator_state = engine.full_state("recalibrator.")
+        scale = engine.module.student.adapter_scale
+        if scale is not None:
+            student_state = merged(student_state, scale)
         if dist.is_main():
             write_student(engine.module.student.model, student_state, source, folder / "student")
             if recalibrator_state:
@@ -279,3 +348,10 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, boo
                 chosen.attention,
             )
             yield "recalibrator", sum(p.numel() for p in recalibrator.parameters()), True
+
+
+def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
+    """describe as lines, for people."""
+    yield f"stage {stage.name} ({stage.kind})"
+    for part, count, trains in describe(recipe, stage):
+        yield f"  {part:<20} {count:>15,} parameters  {'trains' if trains else 'frozen'}"

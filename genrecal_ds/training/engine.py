@@ -81,8 +81,20 @@ def build_sharded(construct: Callable[[], Module], ds_config: DsConfig, precisio
     # 3e-2, silently. The guard must be entered first. zero.Init's own dtype argument is ignored.
     # no_init_weights: initialising a sharded tensor by index fails, and its values are not used.
     with hf_deepspeed.prevent_arange_dtype_change(), no_init_weights():
-        with deepspeed.zero.Init(config_dict_or_path=structure(ds_config, precision)):
+        with _Unfilled(config_dict_or_path=structure(ds_config, precision)):
             return construct()
+
+
+class _Unfilled(deepspeed.zero.Init):
+    """zero.Init without its broadcast of every parameter's first values from rank 0.
+
+    They are overwritten by load_sharded. For a teacher of 72B parameters it is 145 GB sent to
+    every rank, and each rank's copy of it counts as memory that it really touched.
+    """
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(param)
+        param.partition()
 
 
 @torch.no_grad()
@@ -118,13 +130,33 @@ class TeacherEngine:
         module.requires_grad_(False)
         self._engine = deepspeed.initialize(model=module, config=structure(ds_config, precision))[0]
         self._engine.eval()
+        self.module: nn.Module = self._engine.module
 
     @torch.no_grad()
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
 
     def close(self) -> None:
+        self.module = None  # type: ignore[assignment]
         _free(self)
+
+
+class TeacherReplica:
+    """A frozen module whole on every rank; no collective."""
+
+    def __init__(self, module: nn.Module):
+        self.module: nn.Module = module.eval()
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    def close(self) -> None:
+        self.module = None  # type: ignore[assignment]
+        _release_memory()
+
+
+Teacher = TeacherEngine | TeacherReplica
 
 
 class StudentEngine:
@@ -253,6 +285,10 @@ def _free(owner: TeacherEngine | StudentEngine) -> None:
     """Drop hooks and buffers so that the next stage's engines find the memory."""
     owner._engine.destroy()
     del owner._engine
+    _release_memory()
+
+
+def _release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -96,4 +96,9 @@ def peak_memory_gib() -> float:
     """Of this rank: the device's allocator on CUDA, resident memory on the CPU."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return host_memory_gib()
+
+
+def host_memory_gib() -> float:
+    """The most that this process had resident so far; pages of files read included."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

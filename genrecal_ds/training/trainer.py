@@ -51,6 +51,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end and write the stage's result."""
+        self._record_start()
         first_step = self._resume()
         self.log.keep_steps_before(first_step + 1)
         batches = self._micro_batches(
@@ -75,6 +76,14 @@ class Trainer:
                     progress.update(step + 1, record)
                 self._checkpoint(step + 1)
         self._finish()
+
+    def _record_start(self) -> None:
+        if not dist.is_main():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "start.json").write_text(json.dumps(self.parts.facts, indent=2) + "\n")
+        most = max(self.parts.facts["host_memory_gib"])
+        print(f"{self.stage.name}: models loaded; host memory of a rank at most {most:.2f} GiB")
 
     def train_step(self, step: int, micro: list[PairBatch]) -> Report:
         """One optimizer step over this rank's micro-batches."""
@@ -246,10 +255,12 @@ def run_recipe(recipe: Recipe, inputs: Inputs) -> None:
     """All stages in order; finished ones are skipped. Engines are freed in between."""
     for stage in recipe.stages:
         folder = recipe.run_dir / stage.name
+        lora = recipe.student.lora
         facts = {
             "stage": stage.name,
             "stage_hash": stage_hash(recipe, stage),
             "student": str(_source(recipe, recipe.student_source(stage), "student")),
+            "adapter_scale": lora.alpha / lora.rank if lora else None,
         }
         if _is_done(folder, facts, recipe):
             continue

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     GenerationConfig,
     LlamaTokenizer,
     PreTrainedTokenizerFast,
@@ -132,7 +132,7 @@ def build_student(lines: list[str], folder: Path, *, width: int = 64, layers: in
 
 
 def _save(config, processor, folder: Path, end_of_turn: int, padding: int) -> None:
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=config.get_text_config().initializer_range)

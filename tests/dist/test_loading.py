@@ -2,20 +2,56 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
 
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.loading import load_full
-from genrecal_ds.models.vlm import VLM
+from genrecal_ds.models.vlm import VLM, skeleton
 from tests.fixtures import ROOT, run_ranks
+from tests.zoo import build
 
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_sharded_load_is_bit_equal(pair, world_size):
-    folders = [pair / "teacher_init", pair / "student_init", pair / "student_untied"]
+@pytest.fixture(scope="module")
+def folders(pair, tmp_path_factory):
+    """Names as in the model and of older releases, tied and untied, seeing and text only."""
+    root = tmp_path_factory.mktemp("rows")
+    rows = ["qwen2_5_vl", "llava", "gemma2", "qwen2"]
+    return [
+        pair / "teacher_init",
+        pair / "student_init",
+        pair / "student_untied",
+        *(build(row, root / row) for row in rows),
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sharded_load_is_bit_equal(folders, world_size):
     run_ranks(ROOT / "tests/dist/ranks_loading.py", folders, world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_rank_holds_more_than_its_share_and_one_tensor(folders, large, world_size):
+    sizes = [parameter.numel() * 4 for parameter in skeleton(large).parameters()]
+    arguments = [large, sum(sizes), max(sizes), folders[-1]]
+    output = run_ranks(ROOT / "tests/dist/ranks_memory.py", arguments, world_size)
+    assert output.count("allowed") == 1  # rank 0's; the others check themselves
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A text model of 300 MiB, its largest tensor a tenth: shares can be told from the rest."""
+    folder = tmp_path_factory.mktemp("large")
+    config = AutoConfig.for_model(
+        "llama", hidden_size=1024, intermediate_size=2816, num_hidden_layers=5,
+        num_attention_heads=8, num_key_value_heads=8, vocab_size=8000, tie_word_embeddings=False,
+    )  # fmt: skip
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
 
 
 def broken(folder, out, change):

@@ -170,3 +170,40 @@ def test_every_form_of_launch_starts_two_ranks(tmp_path, pair, shards, command):
     record = json.loads((tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()[0])
     assert record["world_size"] == 2
     assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["seed"] == 0
+
+
+def test_adapters_resume_bitwise_and_leave_a_plain_student(tmp_path, pair, shards):
+    """With everything else that saves memory: packed bodies, checkpointed blocks, 8-bit teacher."""
+    tree = recipe_tree(
+        tmp_path, pair, shards, stages=[{"kind": "distill", "steps": 4}], checkpoint={"every": 2}
+    )
+    tree["teacher"] |= {"pack": True, "placement": "replica_int8"}
+    tree["student"] |= {
+        "pack": True, "gradient_checkpointing": True, "lora": {"rank": 4, "alpha": 8},
+    }  # fmt: skip
+    recipe = write_recipe(tmp_path / "r.yaml", **tree)
+    run_ranks(ROOT / "launch/train.py", [recipe])
+    whole = tmp_path / "run/distill"
+    before, after = weights(pair / "student_init"), weights(whole / "student")
+    assert after.keys() == before.keys()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    prefix = "model.language_model."
+    assert all(name.startswith((f"{prefix}layers.", f"{prefix}norm.")) for name in changed)
+    assert any("q_proj.weight" in name for name in changed)
+    assert not any("layernorm" in name or name.endswith("bias") for name in changed)
+
+    facts = json.loads((whole / "start.json").read_text())
+    assert facts["pixels"] == {"teacher": "pil", "student": "pil"}
+    assert len(facts["host_memory_gib"]) == 2 and all(0 < g < 10 for g in facts["host_memory_gib"])
+
+    shutil.copytree(whole / "checkpoints", tmp_path / "other/distill/checkpoints")
+    run_ranks(ROOT / "launch/train.py", [recipe, f"run_dir={tmp_path}/other"])
+    again = tmp_path / "other/distill/student/model.safetensors"
+    assert again.read_bytes() == (whole / "student/model.safetensors").read_bytes()
+    export = [sys.executable, "-m", "genrecal_ds.export", whole / "checkpoints/step-00000002"]
+    subprocess.run([*export, tmp_path / "middle"], check=True, env=environment(), cwd=ROOT)
+    middle = weights(tmp_path / "middle")
+    assert middle.keys() == before.keys()
+    name = next(name for name in changed if "q_proj.weight" in name)
+    assert not torch.equal(middle[name], before[name])
+    assert not torch.equal(middle[name], after[name])

@@ -19,7 +19,7 @@ from data_tools.build import main
 from data_tools.builder import build
 from data_tools.inspect import main as inspect
 from data_tools.sources import RawSample, Rows
-from data_tools.text import printable
+from genrecal_ds.text import printable
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader

@@ -48,6 +48,7 @@ class Letters:
     """One token a character, 0 ends an answer; a picture is one more."""
 
     max_length = 1000
+    reads_images = True
     vision_rules = {"pixels": "rows"}
     digest = "letters"
 

@@ -20,6 +20,7 @@ class Letters:
     """An encoder whose tokens are the characters of question and answer; 0 ends a turn."""
 
     max_length = 1000
+    reads_images = True
     vision_rules = {"pixels": "rows"}
     digest = "letters"
 

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.unit
 class Letters:
     """One token a character (or two), one for the end of an answer."""
 
+    reads_images = False
     vision_rules: dict[str, str] = {}
     digest = ""
 

@@ -1,6 +1,8 @@
 """Answer spans by characters: three kinds of tokenizers, two kinds of templates."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -20,6 +22,7 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
 from launch.demo.pair import STUDENT_SPECIAL
 from tests.fixtures import texts_of_digits
+from tests.unit.models.test_every_family import chat
 
 pytestmark = pytest.mark.unit
 PICTURE = Image.new("RGB", (32, 32), (10, 200, 90))
@@ -161,3 +164,67 @@ def test_prompt_ends_where_the_answer_begins(encoders):
         chat = encoder.encode(messages, [PICTURE])
         start = chat.answers[0][0]
         assert prompt.tolist() == chat.input_ids_T[:start].tolist()
+
+
+WAYS = [  # generation blocks, or offsets of rendered prefixes; with pictures, or text alone
+    ("qwen2_vl", True), ("internvl", False), ("qwen2", True), ("llama", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, marks_answers", WAYS)
+def test_system_prompt_and_several_pictures_in_each_way(zoo, row, marks_answers):
+    encoder = ChatEncoder(zoo(row), 2000)
+    assert encoder.marks_answers == marks_answers
+    counts = (2, 0, 3) if encoder.reads_images else (0, 0, 0)
+    turns = [(count, "what ?", answer) for count, answer in zip(counts, ANSWERS, strict=False)]
+    plain, prompted = chat(*turns), chat(*turns, system="be short")
+    images = [PICTURE] * sum(counts)
+    found = [encoder.encode(messages, images) for messages in (plain, prompted)]
+    # The system prompt is question, and moves everything behind it alike.
+    added = len(found[1].input_ids_T) - len(found[0].input_ids_T)
+    assert added > 0 and len(found[0].answers) == 3
+    assert found[1].answers == tuple((a + added, b + added) for a, b in found[0].answers)
+    for view in found:
+        assert all(view.input_ids_T[end - 1] == encoder.end_of_turn for _, end in view.answers)
+    # Pictures lie in the questions of their own turns.
+    per_turn = [
+        encoder.num_visual(replace(found[1], input_ids_T=found[1].input_ids_T[start:end]))
+        for start, end in found[1].questions
+    ]
+    assert sum(per_turn) == encoder.num_visual(found[1])
+    assert [bool(visual) for visual in per_turn] == [bool(count) for count in counts]
+    if encoder.reads_images:
+        assert per_turn[0] * 3 == per_turn[2] * 2
+
+
+@pytest.mark.parametrize("row, marks_answers", WAYS)
+def test_what_is_no_chat_of_the_model_is_refused_in_each_way(zoo, row, marks_answers):
+    encoder = ChatEncoder(zoo(row), 2000)
+    messages = chat((0, "x ?", "7"), (0, "y ?", "8"))
+    assert len(encoder.encode(messages, []).answers) == 2
+    messages[1]["content"].append({"type": "image"})
+    images = [PICTURE] if encoder.reads_images else []
+    with pytest.raises(Unusable, match="image inside an answer"):
+        encoder.encode(messages, images)
+    if not encoder.reads_images:
+        with pytest.raises(Unusable, match="reads text only"):
+            encoder.encode(chat((1, "x ?", "7")), [PICTURE])
+
+
+@pytest.mark.parametrize("kind", ["byte_bpe", "spm_bpe", "unigram"])
+def test_a_special_token_that_swallows_blanks_is_no_part_of_the_answer(zoo, kind, tmp_path):
+    """Phi-3's tokens do (rstrip), and its template writes a line break behind them."""
+    folder = tmp_path / "model"
+    shutil.copytree(zoo("llama", kind), folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        token["rstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("<|bot|>", "<|bot|>\n"))
+    encoder = ChatEncoder(folder, 500)
+    bot = encoder.tokenizer.convert_tokens_to_ids("<|bot|>")
+    view = encoder.encode(chat((0, "x ?", "  it is 7"), (0, "y", " ")), [])
+    assert all(view.input_ids_T[start - 1] == bot for start, _ in view.answers)
+    prompt = encoder.prompt(chat((0, "x ?", "7"))[:1], [])["input_ids"][0]
+    assert prompt.tolist() == view.input_ids_T[: view.answers[0][0]].tolist()

@@ -125,8 +125,8 @@ def test_processor_survives_saving(folders, tmp_path):
 
 
 def test_unknown_families_and_parameters_are_refused(pair, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
-    with pytest.raises(UserError, match="llava_next has no adapter; known: .*internvl"):
+    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
+    with pytest.raises(UserError, match="blip-2 has no adapter; known: .*internvl"):
         VLM.from_config(tmp_path, torch.float32)
     with pytest.raises(UserError, match="no prefix in models/families.py"):
         component_of("model.audio.weight", {"model.visual.": "vision"})

@@ -1,0 +1,307 @@
+"""How much memory a stage needs on a GPU and on a host, by arithmetic. Imports no torch.
+
+One formula per part, each named where it is computed; `n` is a number of parameters, `w` the
+bytes of a weight (2 in bf16, 4 in fp32). Parts that never exist together belong to phases:
+
+    peak = what is always there + the largest of the phases teacher, student, update
+
+Sequences count as max_length long, so data that is shorter needs less. Not counted: a vision
+encoder's activations, attention that keeps its matrix (eager), and fragmentation.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+GIB = 2**30
+HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1_600_000_000, 128  # ops/head_loss/chunked.py, on CUDA
+CONTEXT_BYTES = 2 * GIB  # CUDA's context, its libraries' workspaces and NCCL's buffers: a guess
+PROCESS_BYTES = 2 * GIB  # Python, torch and transformers in a rank's host memory: a guess
+PHASES = ("teacher", "student", "update")
+
+
+class Decoder(NamedTuple):
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Model(NamedTuple):
+    """What a model's memory depends on; numbers are parameters, a tied head once."""
+
+    decoder: Decoder
+    vocab: int
+    total: int
+    gathered: int  # of the largest module that computes with weights of its own
+    small: int  # of tensors that ZeRO-3 keeps whole on every rank
+    matrices: int  # of the decoder's linear layers
+    largest_matrix: int  # of one of them
+    largest_tensor: int
+
+
+class Zero(NamedTuple):
+    """What a file of ds_configs/ says about memory; sizes in parameters."""
+
+    prefetch: int
+    reuse: int
+    reduce: int
+    sub_group: int
+    keeps_whole: int
+    weights_on_host: bool
+    states_on_host: bool
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any]) -> "Zero":
+        """With DeepSpeed's defaults for what the file leaves out."""
+        zero = ds_config.get("zero_optimization", {})
+        return cls(
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+            reuse=int(
+                min(
+                    zero.get("stage3_max_live_parameters", 1e9),
+                    zero.get("stage3_max_reuse_distance", 1e9),
+                )
+            ),
+            reduce=int(zero.get("reduce_bucket_size", 5e8)),
+            sub_group=int(zero.get("sub_group_size", 1e9)),
+            keeps_whole=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+            weights_on_host=_is_on_host(zero, "offload_param"),
+            states_on_host=_is_on_host(zero, "offload_optimizer"),
+        )
+
+
+def _is_on_host(zero: dict[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"
+
+
+@dataclass(frozen=True)
+class Load:
+    """One stage on one rank. Without a teacher there is no Recalibrator either."""
+
+    gpus: int
+    width: int  # bytes of a weight
+    micro_batch: int
+    student: Model
+    student_zero: Zero
+    student_tokens: int  # of one sample at most
+    trained: int  # parameters, the Recalibrator's included
+    trains_student: bool  # else its body runs without a graph
+    trains_head: bool = False
+    checkpointing: bool = False
+    teacher: Model | None = None
+    teacher_zero: Zero | None = None
+    teacher_tokens: int = 0
+    placement: Literal["zero3", "replica", "replica_int8"] = "zero3"
+    head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
+    recalibrator: int = 0  # parameters
+    depth: int = 0
+    passes: int = 1  # 2 with a regular pass
+
+    def share(self, numbers: int) -> int:
+        """A rank's part of a flat tensor, the last rank's padded."""
+        return -(-numbers // self.gpus)
+
+    @property
+    def loss_rows(self) -> int:
+        return self.micro_batch * min(self.student_tokens, self.teacher_tokens or 1 << 60)
+
+
+class Part(NamedTuple):
+    name: str
+    bytes: int
+    formula: str
+    phase: str = "always"
+    place: Literal["gpu", "host"] = "gpu"
+    fix: str = "more GPUs"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """parts: of one rank. Sums are bytes."""
+
+    parts: tuple[Part, ...] = field(default_factory=tuple)
+
+    def phase(self, name: str) -> int:
+        return sum(p.bytes for p in self.parts if p.place == "gpu" and p.phase == name)
+
+    @property
+    def gpu(self) -> int:
+        return self.phase("always") + max(self.phase(name) for name in PHASES)
+
+    def host(self, ranks: int) -> int:
+        """Of a machine with so many ranks."""
+        return ranks * sum(part.bytes for part in self.parts if part.place == "host")
+
+    def largest(self, place: str) -> Part:
+        """The largest part of the peak: what to change first where the whole does not fit."""
+        peak = max(PHASES, key=self.phase)
+        counted = [p for p in self.parts if p.place == place and p.bytes]
+        return max((p for p in counted if p.phase in ("always", peak)), key=lambda p: p.bytes)
+
+
+def estimate(load: Load) -> Estimate:
+    """Every part of a rank's memory."""
+    parts = [*_student(load), *_activations(load), _loss_chunk(load), *_host(load)]
+    if load.teacher is not None:
+        parts += [*_teacher(load, load.teacher), _frozen_head(load, load.teacher)]
+    parts.append(Part("CUDA and NCCL", CONTEXT_BYTES, "2 GiB, a guess"))
+    return Estimate(tuple(part for part in parts if part.bytes))
+
+
+def _student(load: Load) -> list[Part]:
+    """ZeRO-3 with AdamW: each rank holds 1 / gpus of weights, gradient sums and states."""
+    zero, model = load.student_zero, load.student
+    weights = load.width * load.share(model.total + load.recalibrator)
+    trained = load.share(load.trained)
+    sums = "host" if zero.states_on_host else "gpu"
+    offload = "more GPUs, student.lora, or deepspeed.student=student_zero3_offload"
+    whole = gathered(model, zero)
+    # A gradient leaves backward whole, and waits in the bucket: in w, and as the fp32 that is sent.
+    bucket = min(zero.reduce, load.trained)
+    reduced = load.width * min(model.gathered, load.trained) + (load.width + 4) * bucket
+    update = 0 if zero.states_on_host else 4 * min(trained, zero.sub_group)
+    return [
+        Part("student, Recalibrator: weights", weights, "w n / gpus",
+             place="host" if zero.weights_on_host else "gpu", fix=offload),
+        Part("student: small tensors whole", load.width * model.small, "w n, n <= threshold"),
+        Part("gradient sums", 4 * trained, "4 n_trained / gpus", place=sums, fix=offload),
+        Part("AdamW states", 12 * trained, "(4 + 4 + 4) n_trained / gpus: weights, both moments",
+             place=sums, fix=offload),
+        Part("student: gathered weights", load.width * whole,
+             "w (largest module + prefetch + reuse), <= w n", "student",
+             fix="a smaller stage3_max_reuse_distance in deepspeed.student"),
+        Part("gradients being reduced", reduced, "w largest module + (w + 4) bucket", "student",
+             fix="a smaller reduce_bucket_size in deepspeed.student"),
+        Part("gradients being applied", update, "4 min(n_trained / gpus, sub_group_size)",
+             "update", fix="a smaller sub_group_size in deepspeed.student"),
+    ]  # fmt: skip
+
+
+def gathered(model: Model, zero: Zero) -> int:
+    """Parameters that are whole on a rank at once: a module's, the next ones', those kept."""
+    return min(model.total, model.gathered + zero.prefetch + zero.reuse)
+
+
+def _teacher(load: Load, model: Model) -> list[Part]:
+    """Frozen: no gradient, no state. A replica is whole; in 8 bits its decoder's matrices are."""
+    w, zero = load.width, load.teacher_zero
+    if load.placement == "zero3":
+        assert zero is not None
+        return [
+            Part("teacher: weights", w * load.share(model.total), "w n / gpus",
+                 place="host" if zero.weights_on_host else "gpu",
+                 fix="more GPUs, or deepspeed.teacher=teacher_zero3_offload"),
+            Part("teacher: small tensors whole", w * model.small, "w n, n <= threshold"),
+            Part("teacher: gathered weights", w * gathered(model, zero),
+                 "w (largest module + prefetch + reuse), <= w n", "teacher",
+                 fix="a smaller stage3_prefetch_bucket_size in deepspeed.teacher"),
+        ]  # fmt: skip
+    if load.placement == "replica":
+        fix = "teacher.placement=replica_int8 or zero3"
+        return [Part("teacher: weights", w * model.total, "w n, a whole replica", fix=fix)]
+    rest = model.total - model.matrices
+    return [
+        Part("teacher: weights", model.matrices + w * rest, "n_matrices + w n_others, 8 bits",
+             fix="teacher.placement=zero3"),
+        Part("teacher: widened matrix", w * model.largest_matrix, "w largest matrix", "teacher"),
+    ]  # fmt: skip
+
+
+def _frozen_head(load: Load, model: Model) -> Part:
+    """V H numbers, wherever the recipe lays them; `gathered` also has them whole in the loss."""
+    numbers = model.vocab * model.decoder.hidden
+    fix = "teacher_head=vocab_parallel"
+    if load.head == "replicated" or load.gpus == 1:
+        return Part("teacher's head", load.width * numbers, "w V H", fix=fix)
+    share = load.width * load.share(numbers)
+    if load.head == "gathered":
+        whole = share + load.width * numbers
+        return Part("teacher's head", whole, "w V H / gpus + w V H", "student", fix=fix)
+    return Part("teacher's head", share, "w V H / gpus")
+
+
+def block_bytes(decoder: Decoder, width: int) -> int:
+    """What one block keeps of one token for backward.
+
+    Two norms keep their input in fp32, and both its rounding and their output; attention q, k, v
+    and what leaves it; the gated MLP gate, act(gate), up and their product:
+
+        2 (4 h + 2 w h) + w (2 h_q + 2 h_kv) + 4 w i
+    """
+    h, q = decoder.hidden, decoder.heads * decoder.head_dim
+    kv = decoder.kv_heads * decoder.head_dim
+    return 2 * (4 * h + 2 * width * h) + width * (2 * q + 2 * kv) + 4 * width * decoder.intermediate
+
+
+def forward_bytes(decoder: Decoder, width: int) -> int:
+    """One block of one token without a graph: residual and norm, or the MLP's three tensors."""
+    return width * (2 * decoder.hidden + 3 * decoder.intermediate)
+
+
+def _activations(load: Load) -> list[Part]:
+    """Tokens times what a token keeps: per block; or, checkpointed, w h per block and one block."""
+    w, student = load.width, load.student.decoder
+    tokens = load.micro_batch * load.student_tokens
+    fix = "student.gradient_checkpointing=true, or a smaller batch.micro_batch"
+    kept, formula = student.layers * block_bytes(student, w), "tokens layers block"
+    if load.checkpointing:
+        kept = student.layers * w * student.hidden + block_bytes(student, w)
+        formula, fix = "tokens (layers w h + block)", "a smaller batch.micro_batch or max_length"
+    if not load.trains_student:
+        kept, formula = forward_bytes(student, w), "tokens w (2 h + 3 i), no graph"
+    parts = [Part("student: activations", tokens * kept, formula, "student", fix=fix)]
+    if load.teacher is None:
+        return parts
+    teacher, smaller = load.teacher.decoder, "a smaller batch.micro_batch or max_length"
+    read = load.micro_batch * load.teacher_tokens
+    rows = 2 * read * w * teacher.hidden
+    mixed = load.passes * load.micro_batch * max(load.student_tokens, load.teacher_tokens)
+    kept = load.depth * block_bytes(student, w) + (4 + 2 * w) * teacher.hidden
+    return [
+        *parts,
+        Part("teacher: activations", read * forward_bytes(teacher, w),
+             "tokens w (2 h + 3 i), no graph", "teacher", fix=smaller),
+        Part("teacher's rows", rows, "2 tokens w H", "student", fix=smaller),
+        Part("Recalibrator: activations", mixed * kept,
+             "passes tokens (depth block + (4 + 2 w) H)", "student", fix=smaller),
+    ]  # fmt: skip
+
+
+def _loss_chunk(load: Load) -> Part:
+    """Logits of one chunk of rows, within its budget, and dW of a student's head that trains."""
+    chunks = [_chunk_bytes(load.loss_rows, load.student.vocab, 1, 0, load.width)]
+    if load.teacher is not None:
+        rows, columns = load.loss_rows, load.teacher.vocab
+        if load.head == "vocab_parallel":
+            rows, columns = rows * load.gpus, load.share(columns)
+        chunks.append(_chunk_bytes(rows, columns, load.passes, 1, load.width))
+    gradient = 4 * load.student.vocab * load.student.decoder.hidden * load.trains_head
+    return Part("loss: logits of a chunk", max(chunks) + gradient,
+                "rows V (4 (passes + 1) + w passes), <= 1.6 GB; dW 4 V D", "student")  # fmt: skip
+
+
+def _chunk_bytes(rows: int, columns: int, passes: int, teacher: int, width: int) -> int:
+    low = passes * width * (width < 4)
+    per_row = columns * (4 * (passes + teacher) + low)
+    most = HEAD_CHUNK_BYTES // per_row // HEAD_CHUNK_ROWS * HEAD_CHUNK_ROWS
+    return min(rows, max(HEAD_CHUNK_ROWS, most)) * per_row
+
+
+def _host(load: Load) -> list[Part]:
+    """While loading: a rank's share of each model, and one tensor of a file at a time."""
+    w = load.width
+    offloaded = load.student_zero.weights_on_host  # then its share is counted as weights
+    share = 0 if offloaded else w * load.share(load.student.total + load.recalibrator)
+    tensor = load.student.largest_tensor
+    if load.teacher is not None:
+        tensor = max(tensor, load.teacher.largest_tensor)
+        zero = load.teacher_zero
+        if load.placement == "zero3" and not (zero and zero.weights_on_host):
+            share += w * load.share(load.teacher.total)
+    return [
+        Part("loading: share and one tensor", share + w * tensor, "w (n / gpus + largest tensor)",
+             place="host"),
+        Part("process", PROCESS_BYTES, "2 GiB, a guess", place="host"),
+    ]  # fmt: skip

@@ -1,0 +1,78 @@
+"""A frozen model whole on this rank, for teachers that fit: no gathering, and room for 8 bits.
+
+Filled module by module: host memory grows with what is kept, not with the whole in full precision.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.initialization import no_init_weights
+
+from genrecal_ds.errors import UserError
+from genrecal_ds.models.loading import Checkpoint, file_names
+from genrecal_ds.models.vlm import VLM
+
+
+def load_replica(
+    folder: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    int8: bool = False,
+    pack: bool | None = False,
+    attention: str | None = None,
+) -> VLM:
+    """A frozen VLM on `device`. int8: weights of its decoder's linear layers as 8-bit integers
+    with a scale per row (torchao), multiplied in `dtype`.
+
+    Raises UserError where torchao is missing.
+    """
+    with no_init_weights():  # pages of a weight that nobody wrote take no memory
+        vlm = VLM.from_config(folder, dtype, pack, attention).requires_grad_(False).eval()
+    quantize = _int8() if int8 else None
+    checkpoint = Checkpoint(folder)
+    stored = file_names(vlm.model, checkpoint)
+    in_decoder = {
+        id(module) for layer in vlm.model.get_decoder().layers for module in layer.modules()
+    }
+    filled: set[int] = set()  # of tied weights, which two modules share
+    for prefix, module in vlm.model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in filled:
+                filled.add(id(parameter))
+                full_name = f"{prefix}.{name}" if prefix else name
+                parameter.data.copy_(checkpoint.tensor(stored[full_name]))
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+        if quantize and isinstance(module, nn.Linear) and id(module) in in_decoder:
+            quantize(module)
+    return vlm
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose weight torchao holds in 8 bits; widened for the length of a call.
+
+    torchao would multiply by itself, but finds its weights by torch's own F.linear, which
+    DeepSpeed's ZeRO-3 replaces in the whole process.
+    """
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return linear(rows, self.weight.dequantize(), self.bias)
+
+
+def _int8() -> Callable[[nn.Linear], None]:
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise UserError(
+            "teacher.placement: replica_int8 needs torchao: pip install torchao"
+        ) from None
+
+    def quantize(module: nn.Linear) -> None:
+        quantize_(module, Int8WeightOnlyConfig())
+        module.__class__ = Int8Linear
+
+    return quantize

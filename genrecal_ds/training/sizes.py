@@ -1,0 +1,87 @@
+"""What memory.py calculates with, taken from a recipe's folders. Needs no weights and no GPU."""
+
+import torch
+from torch import nn
+
+from genrecal_ds.config import ModelSource, Recipe, StageConfig, load_ds_config
+from genrecal_ds.memory import Decoder, Load, Model, Zero
+from genrecal_ds.models.lora import add_adapters
+from genrecal_ds.models.vlm import VLM, skeleton
+from genrecal_ds.training.build import describe
+from genrecal_ds.training.stages import STAGES, freeze, trained_components
+
+
+def load_of(recipe: Recipe, stage: StageConfig, gpus: int) -> Load:
+    """A stage's memory on one of so many ranks. Raises UserError as training would."""
+    student = skeleton(recipe.student.path)
+    if recipe.student.lora:
+        with torch.device("meta"):
+            add_adapters(student, recipe.student.lora)
+    freeze(student, stage)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    zero = Zero.of(load_ds_config(recipe.deepspeed.student))
+    shared = {
+        "gpus": gpus,
+        "width": 2 if recipe.precision == "bf16" else 4,
+        "micro_batch": recipe.micro_batch(stage),
+        "student": model_of(student, zero.keeps_whole),
+        "student_zero": zero,
+        "student_tokens": recipe.student.max_length,
+        "trains_student": bool(trained_components(stage)),
+        "trains_head": student.head.weight.requires_grad,
+        "checkpointing": recipe.student.gradient_checkpointing,
+    }
+    if not STAGES[stage.kind].recalibrator:
+        return Load(**shared, trained=trained)
+    assert recipe.teacher is not None  # a rule of config.Recipe
+    recalibrator = next(
+        count for part, count, _ in describe(recipe, stage) if part == "recalibrator"
+    )
+    zero = Zero.of(load_ds_config(recipe.deepspeed.teacher))
+    regular = stage.kind == "align" and stage.losses.regularizer != "none"
+    return Load(
+        **shared,
+        trained=trained + recalibrator,
+        teacher=model_of(skeleton(recipe.teacher.path), zero.keeps_whole),
+        teacher_zero=zero,
+        teacher_tokens=recipe.teacher.max_length,
+        placement=recipe.teacher.placement,
+        head=recipe.teacher_head,
+        recalibrator=recalibrator,
+        depth=recipe.recalibrator.depth,
+        passes=2 if regular else 1,
+    )
+
+
+def model_of(vlm: VLM, keeps_whole: int) -> Model:
+    """keeps_whole: ZeRO-3 shards no tensor of at most so many numbers."""
+    text = vlm.text_config
+    heads = text.num_attention_heads
+    decoder = Decoder(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+    )
+    numbers = [parameter.numel() for parameter in vlm.parameters()]
+    own = (sum(p.numel() for p in m.parameters(recurse=False)) for m in vlm.modules())
+    layers = [module for layer in vlm.model.get_decoder().layers for module in layer.modules()]
+    matrices = [module.weight.numel() for module in layers if isinstance(module, nn.Linear)]
+    return Model(
+        decoder=decoder,
+        vocab=vlm.head.out_features,
+        total=sum(numbers),
+        gathered=max(own),
+        small=sum(n for n in numbers if n <= keeps_whole),
+        matrices=sum(matrices),
+        largest_matrix=max(matrices, default=0),
+        largest_tensor=max(numbers),
+    )
+
+
+def body_of(source: ModelSource) -> VLM:
+    """A folder's architecture on the meta device, as the recipe wants it to run."""
+    with torch.device("meta"):
+        return VLM.from_config(source.path, torch.float32, source.pack, source.attention)
