@@ -3,11 +3,13 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu models-table bench-cpu bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-extras test-gpu models-table bench-cpu bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 CHOSEN_PYTHON := $(or $(PYTHON),python3)
+EXTRAS := mistral3 or llava_pixtral or lfm2_vl or phi4_multimodal or 8_bits
+MODEL_TESTS := tests/unit/models
 TESTS := not gpu and not cluster$(if $(SLOW),, and not slow)
 
 help: ## this list
@@ -19,16 +21,25 @@ setup: ## make .venv (PYTHON=..., GENRECAL_TORCH_INDEX=...); demo and test do it
 demo: setup ## a whole distillation at toy size on the CPU, with a table at the end
 	$(IN_VENV) .venv/bin/python -m launch.demo.run
 
-test: setup ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
+test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
 	.venv/bin/ruff check .
 	.venv/bin/python -m mypy
 	$(IN_VENV) .venv/bin/python -m pytest -m '$(TESTS)'
 
+# torchvision and torchao change what transformers does once they can be imported, so they lie
+# apart and the rest of the suite runs without them.
+test-extras: setup ## what needs torchvision or torchao, beside the CPU's torch 2.13
+	@launch/setup_extras.sh .venv/extras
+	PYTHONPATH="$(CURDIR)/.venv/extras" $(IN_VENV) .venv/bin/python -m pytest -q \
+		-p tests.torchvision_shim -k '$(EXTRAS)' $(MODEL_TESTS)
+
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
 	$(CHOSEN_PYTHON) -m pytest -m gpu
 
-models-table: setup ## write the table of docs/models.md from a test run
-	$(IN_VENV) .venv/bin/python -m pytest -q tests/unit/models --models-table docs/models.md
+models-table: test-extras ## write the table of docs/models.md from a test run
+	$(IN_VENV) .venv/bin/python -m pytest -q $(MODEL_TESTS) --models-table docs/models.md
+	PYTHONPATH="$(CURDIR)/.venv/extras" $(IN_VENV) .venv/bin/python -m pytest -q \
+		-p tests.torchvision_shim -k '$(EXTRAS)' $(MODEL_TESTS) --models-table docs/models.md
 
 bench-loader: setup ## the loader beside its peers, where they are installed
 	$(IN_VENV) .venv/bin/python -m benchmarks.loader

@@ -16,11 +16,10 @@ if VERSION is None:
 
 EVALUATION = ["matplotlib", "scikit-learn"]  # figures; t-SNE of features
 DEMO = ["scikit-learn"]  # its handwritten digits are the demo's pictures
-INT8 = ["torchao"]
 LORA = ["peft"]
 DEVELOPMENT = [
-    *INT8,
     *LORA,
+    "num2words",  # transformers' SmolVLM processor wants it, for videos
     "hypothesis",
     "matplotlib",
     "mypy",
@@ -62,7 +61,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "int8": INT8,  # teacher.placement: replica_int8
+        "int8": ["torchao"],  # teacher.placement: replica_int8
         "lora": LORA,  # student.lora
         "eval": EVALUATION,
         "peers": ["liger-kernel", "cut-cross-entropy"],  # make bench-cpu, bench-gpu

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from genrecal_ds.text import printable
 from genrecal_ds.data.reader import BadSample, Sample
+from genrecal_ds.text import printable
 
 THUMBNAIL = 256  # pixels of the longer side
 

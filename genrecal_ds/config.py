@@ -34,7 +34,7 @@ class RemoteCode(Section):
 
     files: dict[str, str]  # every .py of the folder: its sha256
     components: dict[str, Component]
-    vision_inputs: dict[str, Literal["rows", "tokens", "tiles", "canvas"]] = {}
+    vision_inputs: dict[str, Literal["rows", "tokens", "tiles", "canvas", "columns"]] = {}
 
 
 class ModelSource(Section):

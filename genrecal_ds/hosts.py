@@ -1,16 +1,19 @@
-"""Hostfiles, checked: which hosts a run may be started on, and how many ranks on each.
+"""Where a run may be started: hostfiles, checked, and this machine's GPUs.
 
 DeepSpeed puts a host into an ssh command line as it stands: a line such as
 `-oProxyCommand=... slots=1` would run a command. So every line must match whole.
 """
 
+import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from genrecal_ds.errors import UserError
 
 _LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]{0,252})\s+slots=([1-9][0-9]?)")
 MAX_HOSTS, MAX_SLOTS = 4096, 64
+ASSUMED_GPU_GIB, ASSUMED_GPUS_PER_HOST = 80.0, 8
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -31,3 +34,47 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not 0 < len(hosts) <= MAX_HOSTS:
         raise UserError(f"{path}: {len(hosts)} hosts; 1..{MAX_HOSTS} are possible")
     return hosts
+
+
+class Cluster(NamedTuple):
+    """GPUs in all and at most on one host; host_bytes is None for other machines than this."""
+
+    gpus: int
+    per_host: int
+    gpu_bytes: float
+    host_bytes: int | None
+    described: str
+
+
+def cluster_of(gpus: int | None, gpu_gib: float | None, hostfile: Path | None) -> Cluster:
+    """The hosts of a file, so many GPUs, this machine's, or else one that is assumed.
+
+    Raises UserError for a bad hostfile, or one beside a number of GPUs.
+    """
+    import torch
+
+    here = torch.cuda.device_count()
+    size, source = ASSUMED_GPU_GIB, "assumed"
+    if here:
+        smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(here))
+        size, source = smallest / 2**30, "as here"
+    if gpu_gib:
+        size, source = gpu_gib, "as given"
+    per_host = here or ASSUMED_GPUS_PER_HOST
+    if hostfile:
+        if gpus:
+            raise UserError(
+                "--hostfile and --gpus: the file says how many; leave one of the two out"
+            )
+        hosts = read_hostfile(hostfile)
+        total, per_host = sum(hosts.values()), max(hosts.values())
+        described = f"{hostfile}: {len(hosts)} hosts, {total} GPUs"
+    else:
+        total = gpus or here or 1
+        described = f"{total} GPUs" if gpus or here else "no GPU here: assumed 1 GPU"
+    # Only a run that fits on this machine's GPUs is known to use this machine's memory.
+    is_here = not hostfile and total <= here
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if is_here else None
+    per_host = min(per_host, total)
+    described += f" of {size:.0f} GiB ({source}), at most {per_host} on a host"
+    return Cluster(total, per_host, size * 2**30, host, described)

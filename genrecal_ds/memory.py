@@ -5,14 +5,17 @@ bytes of a weight (2 in bf16, 4 in fp32). Parts that never exist together belong
 
     peak = what is always there + the largest of the phases teacher, student, update
 
-Sequences count as max_length long, so data that is shorter needs less. Not counted: a vision
-encoder's activations, attention that keeps its matrix (eager), and fragmentation.
+No GPU has confirmed them yet. NOT_COUNTED says what they leave out.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 GIB = 2**30
+NOT_COUNTED = (
+    "sequences count as max_length long; a vision encoder's activations, attention that keeps its "
+    "matrix (eager) and fragmentation do not count"
+)
 HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1_600_000_000, 128  # ops/head_loss/chunked.py, on CUDA
 CONTEXT_BYTES = 2 * GIB  # CUDA's context, its libraries' workspaces and NCCL's buffers: a guess
 PROCESS_BYTES = 2 * GIB  # Python, torch and transformers in a rank's host memory: a guess
@@ -143,10 +146,11 @@ class Estimate:
 
 def estimate(load: Load) -> Estimate:
     """Every part of a rank's memory."""
-    parts = [*_student(load), *_activations(load), _loss_chunk(load), *_host(load)]
+    parts = _student(load)
     if load.teacher is not None:
         parts += [*_teacher(load, load.teacher), _frozen_head(load, load.teacher)]
-    parts.append(Part("CUDA and NCCL", CONTEXT_BYTES, "2 GiB, a guess"))
+    parts += [*_activations(load), _loss_chunk(load)]
+    parts += [Part("CUDA and NCCL", CONTEXT_BYTES, "2 GiB, a guess"), *_host(load)]
     return Estimate(tuple(part for part in parts if part.bytes))
 
 
@@ -162,12 +166,15 @@ def _student(load: Load) -> list[Part]:
     bucket = min(zero.reduce, load.trained)
     reduced = load.width * min(model.gathered, load.trained) + (load.width + 4) * bucket
     update = 0 if zero.states_on_host else 4 * min(trained, zero.sub_group)
+    # DeepSpeed updates fp32 weights in place; of others, and of offloaded ones, it has a copy.
+    master = 0 if load.width == 4 and not zero.states_on_host else 4
     return [
         Part("student, Recalibrator: weights", weights, "w n / gpus",
              place="host" if zero.weights_on_host else "gpu", fix=offload),
         Part("student: small tensors whole", load.width * model.small, "w n, n <= threshold"),
         Part("gradient sums", 4 * trained, "4 n_trained / gpus", place=sums, fix=offload),
-        Part("AdamW states", 12 * trained, "(4 + 4 + 4) n_trained / gpus: weights, both moments",
+        Part("AdamW states", (8 + master) * trained,
+             f"({master} + 4 + 4) n_trained / gpus: fp32 copy, both moments",
              place=sums, fix=offload),
         Part("student: gathered weights", load.width * whole,
              "w (largest module + prefetch + reuse), <= w n", "student",

@@ -105,7 +105,7 @@ def collate(
 ) -> PairBatch:
     """A micro-batch of any composition that calls the same modules on every rank.
 
-    vision_rules: (teacher's, student's), key -> rows | tiles | canvas (models/families.py).
+    vision_rules: (teacher's, student's), key -> a rule of models/families.py.
     Without a picture (or a sample) the placeholder joins, with labels that teach nothing:
     a rank whose vision tower stays silent leaves the others waiting in its all-gather. A pair of
     which one side reads text only has no picture anywhere, the placeholder included.
@@ -184,15 +184,15 @@ def _pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
     return SideBatch(input_ids, attention_mask, {**per_token, **vision}, real_P)
 
 
-PADDED_DIMS = {"rows": (), "tiles": (1,), "canvas": (2, 3)}  # of each collate rule
+PADDED_DIMS = {"rows": (), "columns": (), "tiles": (1,), "canvas": (2, 3)}  # of each collate rule
 
 
 def join(tensors: list[Tensor], rule: str) -> Tensor:
-    """Vision inputs of several samples as one, along dim 0; the rule's dims padded with zeros."""
+    """Vision inputs of several samples as one; the rule's dims padded with zeros."""
     for dim in PADDED_DIMS[rule]:
         most = max(tensor.shape[dim] for tensor in tensors)
         tensors = [_grown(tensor, dim, most) for tensor in tensors]
-    return torch.cat(tensors)
+    return torch.cat(tensors, -1 if rule == "columns" else 0)
 
 
 def _grown(tensor: Tensor, dim: int, size: int) -> Tensor:

@@ -48,7 +48,9 @@ class ChatEncoder:
         check_embedding(self.folder, self.tokenizer, config.get_text_config().vocab_size)
         self.slow_offsets = None if self.tokenizer.is_fast else SlowOffsets(self.tokenizer)
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
-        self.image_token = getattr(config, "image_token_id", None)
+        visual = getattr(config, "vision_config", None)
+        own = getattr(visual, "image_token_id", None)  # Phi-4-multimodal has it there
+        self.image_token = getattr(config, "image_token_id", own)
         self.digest = digest_folder(self.folder)
         added = self.tokenizer.added_tokens_decoder
         unknown = self.tokenizer.unk_token_id  # special by name, but it stands for text

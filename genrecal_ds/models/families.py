@@ -6,12 +6,13 @@
   tokens  one value per token: pad like input_ids, with 0
   tiles   [n, tiles, ...]: pad dim 1 with zeros to the batch's largest, then concatenate
   canvas  [n, channels, height, width]: pad height and width likewise
+  columns concatenate along the last dim
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-CollateRule = Literal["rows", "tokens", "tiles", "canvas"]
+CollateRule = Literal["rows", "tokens", "tiles", "canvas", "columns"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Family:
     components: dict[str, str]
     vision_inputs: dict[str, CollateRule] = field(default_factory=dict)  # {}: reads text only
     packs: bool = True  # several samples in one sequence, exactly (models/packing.py)
+    attention: str | None = None  # in place of transformers' choice, where that goes wrong
     norm_adds_one: bool = False  # its norms multiply by 1 + weight
     # Questions attend in both directions, answers causally: one turn, whose tokens have type 1.
     # Such a processor writes text around pictures by itself; ours expands placeholders alone.
@@ -91,11 +93,38 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": _IDEFICS,
     "gemma3": _GEMMA,
     "paligemma": replace(_GEMMA, prefix_lm=True, template=_PALIGEMMA_TEMPLATE),
+    "lfm2_vl": Family(
+        {**_LLAVA, **_language("model.language_model.", "embedding_norm.")},
+        {"pixel_values": "tiles", "spatial_shapes": "rows", "pixel_attention_mask": "tiles"},
+        packs=False,  # its short convolutions reach over the border of two samples
+        needs_torchvision=True,
+    ),
+    "minicpmv4_6": Family(
+        _seeing("vision_tower", ("merger", "vision_tower.vit_merger"), "language_model"),
+        {"pixel_values": "columns", "target_sizes": "rows"},
+        packs=False,  # linear attention carries its state over the border of two samples
+        norm_adds_one=True,
+    ),
     "mistral3": Family(_LLAVA, _ANY_SIZE, needs_torchvision=True),
     "ovis2": Family(
         _seeing("vision_tower", ("vision_tower.head_linear", "vision_tower.head_norm",
                                  "visual_embeddings_table"), "language_model"),
         _PIXELS,
+    ),
+    "phi4_multimodal": Family(
+        {
+            "model.embed_tokens_extend.": "vision",  # ears included
+            "model.embed_tokens_extend.image_embed.img_projection_": "projector",
+            "model.embed_tokens_extend.image_embed.global_img_feature_extensor": "projector",
+            "model.embed_tokens_extend.image_embed.sub_img_feature_extensor": "projector",
+            **_language("model."),
+        },
+        {"image_pixel_values": "tiles", "image_sizes": "rows", "image_attention_mask": "tiles"},
+        packs=False,
+        # With sdpa its eyes see causally where a picture fills its crops, and fully where it does
+        # not, or where another picture of the batch does not (transformers 5.23).
+        attention="eager",
+        needs_torchvision=True,
     ),
     "gemma": _GEMMA_TEXT,
     "gemma2": _GEMMA_TEXT,

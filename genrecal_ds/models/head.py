@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genrecal_ds import dist
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.loading import Checkpoint, file_names
+from genrecal_ds.models.loading import Checkpoint, Source, find_sources
 from genrecal_ds.models.vlm import logit_transform, read_config, skeleton
 from genrecal_ds.ops.head_loss import Head, HeadLoss, head_loss
 from genrecal_ds.ops.head_loss.vocab_parallel import all_gather, head_loss_vocab_parallel
@@ -82,9 +82,8 @@ def place_frozen_head(
     """The teacher's head where the recipe wants it; a rank reads only the rows it keeps."""
     if placement == "replicated" or dist.world_size() == 1:
         return ReplicatedHead(load_frozen_head(folder, dtype, device))
-    checkpoint = Checkpoint(folder)
-    weight, bias = _names(folder, checkpoint)
-    vocabulary, width = checkpoint.shape(weight)
+    weight, bias = _sources(folder)
+    vocabulary, width = weight.shape
     ranks, rank = dist.world_size(), dist.rank()
     if vocabulary < ranks:
         raise UserError(f"teacher_head: {placement} over {ranks} ranks, {vocabulary} columns")
@@ -93,9 +92,9 @@ def place_frozen_head(
     if placement == "vocab_parallel":  # as equal as whole columns allow, and none without any
         first, last = rank * vocabulary // ranks, (rank + 1) * vocabulary // ranks
 
-    def rows(name: str, size: int) -> Tensor:
+    def rows(source: Source, size: int) -> Tensor:
         start, stop = min(first, vocabulary), min(last, vocabulary)
-        read = checkpoint.flat_range(name, start * size, stop * size).to(device, dtype)
+        read = source.flat_range(start * size, stop * size).to(device, dtype)
         return torch.cat([read, read.new_zeros((last - first) * size - len(read))])
 
     head = Head(
@@ -110,11 +109,10 @@ def place_frozen_head(
 
 def load_frozen_head(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Head:
     """The teacher's head [V, H] as plain tensors; the embedding when the model is tied."""
-    checkpoint = Checkpoint(folder)
-    weight, bias = _names(folder, checkpoint)
+    weight, bias = _sources(folder)
     return Head(
-        checkpoint.tensor(weight).to(device, dtype),
-        None if bias is None else checkpoint.tensor(bias).to(device, dtype),
+        weight.tensor().to(device, dtype),
+        None if bias is None else bias.tensor().to(device, dtype),
         *logit_transform(read_config(folder)),
     )
 
@@ -122,23 +120,22 @@ def load_frozen_head(folder: str | Path, dtype: torch.dtype, device: torch.devic
 def load_final_norm(folder: str | Path) -> Tensor | None:
     """What [H] the language model's final norm multiplies by, or None when it has no weight."""
     vlm = skeleton(folder)
-    checkpoint = Checkpoint(folder)
-    stored = file_names(vlm.model, checkpoint)
+    sources = find_sources(vlm.model, Checkpoint(folder))
     for name, _, component in vlm.components():
         if component == "norm" and name.endswith(".weight"):
-            weight = checkpoint.tensor(stored[name.removeprefix("model.")])
+            weight = sources[name.removeprefix("model.")].tensor()
             return weight + 1 if vlm.family.norm_adds_one else weight
     return None
 
 
-def _names(folder: str | Path, checkpoint: Checkpoint) -> tuple[str, str | None]:
-    """Names of the head's weight and bias in the files; the embedding's when it is tied."""
+def _sources(folder: str | Path) -> tuple[Source, Source | None]:
+    """The head's weight and bias in the files; the embedding where it is tied."""
     vlm = skeleton(folder)
-    stored = file_names(vlm.model, checkpoint)
+    sources = find_sources(vlm.model, Checkpoint(folder))
     named = dict(vlm.model.named_parameters(remove_duplicate=False))
     weight = next(name for name, parameter in named.items() if parameter is vlm.head.weight)
     bias = next((name for name, parameter in named.items() if parameter is vlm.head.bias), None)
-    return stored[weight], None if bias is None else stored[bias]
+    return sources[weight], None if bias is None else sources[bias]
 
 
 def _gather(share: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
 """Reading a folder's safetensors: one tensor, or only the rows that a rank owns."""
 
+import copy
+import itertools
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -42,6 +46,14 @@ class Checkpoint:
     def _open(self, name: str):
         return safe_open(self.folder / self._file_of[name], framework="pt")
 
+    def dtypes(self) -> list[str]:
+        """Kinds of numbers in the files, in safetensors' words (BF16, F32), from their headers."""
+        found = set()
+        for file_name in sorted(set(self._file_of.values())):
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+        return sorted(found)
+
     def shape(self, name: str) -> tuple[int, ...]:
         with self._open(name) as file:
             return tuple(file.get_slice(name).get_shape())
@@ -64,39 +76,70 @@ class Checkpoint:
             return part[first:last].reshape(-1)[start - first * row : stop - first * row]
 
 
-def file_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Map every parameter name of `model` (an HF model) to its tensor's name in the files.
+class Run(NamedTuple):
+    """Elements [first, first + size) of a stored tensor, flattened."""
 
-    transformers renames some families' tensors on load; only renamings are followed. Tied
-    weights map to the one tensor that is stored. Raises UserError when a parameter is missing
-    or of another shape, or a stored tensor has no home: nothing is ever silently random.
+    stored: str
+    first: int
+    size: int
+
+
+class Source:
+    """Where a parameter's values lie: runs of stored tensors, one behind the other."""
+
+    def __init__(self, checkpoint: Checkpoint, shape: tuple[int, ...], runs: list[Run]):
+        self.checkpoint, self.shape, self.runs = checkpoint, shape, runs
+
+    def flat_range(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened parameter, reading only the rows they lie in."""
+        parts, offset = [], 0
+        for run in self.runs:
+            first, last = max(start - offset, 0), min(stop - offset, run.size)
+            if first < last:
+                read = self.checkpoint.flat_range
+                parts.append(read(run.stored, run.first + first, run.first + last))
+            offset += run.size
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def tensor(self) -> Tensor:
+        return self.flat_range(0, sum(run.size for run in self.runs)).view(self.shape)
+
+
+def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]:
+    """Where every parameter of `model` (an HF model, not sharded; on meta will do) comes from.
+
+    transformers renames, splits and joins some families' tensors on load; this follows it where
+    values are moved only. Tied weights share the one tensor that is stored. Raises UserError when
+    a parameter is missing or of another shape, or a stored tensor has no home: nothing is ever
+    silently random.
     """
-    renamed = _renamed(model, checkpoint.names)
-    names: dict[str, str] = {}
+    found = _stored(model, checkpoint)
+    sources: dict[str, Source] = {}
     missing = []
     tied = _tied_names(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
-        source = next((alias for alias in (name, *tied.get(name, ())) if alias in renamed), None)
+        source = next(
+            (found[alias] for alias in (name, *tied.get(name, ())) if alias in found), None
+        )
         if source is None:
             missing.append(name)
-            continue
-        names[name] = renamed[source]
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the full shape there
-        if tuple(shape) != checkpoint.shape(renamed[source]):
+        elif source.shape != tuple(parameter.shape):
             raise UserError(
-                f"{checkpoint.folder}: {renamed[source]} has shape "
-                f"{checkpoint.shape(renamed[source])}, config.json says {tuple(shape)}"
+                f"{checkpoint.folder}: {source.runs[0].stored} has shape {source.shape}, "
+                f"config.json says {tuple(parameter.shape)}"
             )
+        else:
+            sources[name] = source
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{checkpoint.folder}: no weights for {', '.join(missing[:3])}{more}")
     known = parameters.keys() | dict(model.named_buffers()).keys()
-    if foreign := [name for name in renamed if name not in known]:
+    if foreign := [name for name in found if name not in known]:
         raise UserError(
             f"{checkpoint.folder}: {foreign[0]} fits no parameter of {type(model).__name__}"
         )
-    return names
+    return sources
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -106,26 +149,67 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: [o for o in group if o != name] for group in by_id.values() for name in group}
 
 
-def _renamed(model: PreTrainedModel, stored_names: list[str]) -> dict[str, str]:
-    """{parameter name that transformers loads a stored tensor into: the stored name}."""
+def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]:
+    """{parameter name that transformers loads stored tensors into: where its values are}."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     known = dict.fromkeys(model.state_dict().keys())
-    names = {}
-    for stored in sorted(stored_names):
-        name, converted = stored, None
+    names = sorted(checkpoint.names, key=_by_number)
+    sources, conversions = {}, {}
+    for number, stored in enumerate(names):
+        name, pattern = stored, None
         if stored not in known:
-            name, converted = rename_source_key(
+            name, pattern = rename_source_key(
                 stored, renamings, converters, model.base_model_prefix, known
             )
-        if converted is not None:
-            raise UserError(
-                f"{stored}: transformers rewrites this tensor's values on load; save the folder "
-                "once with from_pretrained(..).save_pretrained(.., save_original_format=False)"
-            )
-        names[name] = stored
-    return names
+        shape = checkpoint.shape(stored)
+        if pattern is None:
+            sources[name] = Source(checkpoint, shape, [Run(stored, 0, math.prod(shape))])
+        else:
+            # One conversion object per parameter, as transformers itself does on load.
+            conversion = conversions.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            conversion.add_tensor(name, stored, pattern, _row_numbers(number, shape))
+    for target, conversion in conversions.items():
+        moved = conversion.convert(target, model=model, config=model.config)
+        for name, rows in moved.items():
+            sources[name] = _followed(checkpoint, names, name, rows)
+    return sources
+
+
+ROWS_OF_A_TENSOR = 2**40  # more than any has: tells rows of one stored tensor from another's
+
+
+def _row_numbers(number: int, shape: tuple[int, ...]) -> Tensor:
+    """In place of a stored tensor: a number for each of its rows, to see where they go."""
+    rows = shape if len(shape) == 1 else (*shape[:-1], 1)
+    return torch.arange(math.prod(rows)).view(rows) + number * ROWS_OF_A_TENSOR
+
+
+def _followed(checkpoint: Checkpoint, names: list[str], name: str, rows: Tensor) -> Source:
+    flat = rows.flatten()
+    starts = [0, *((flat.diff() != 1).nonzero().flatten() + 1).tolist(), len(flat)]
+    runs, widths = [], set()
+    for start, stop in itertools.pairwise(starts):
+        number, first = divmod(int(flat[start]), ROWS_OF_A_TENSOR)
+        shape = checkpoint.shape(names[number])
+        width = 1 if len(shape) == 1 else shape[-1]
+        widths.add(width)
+        runs.append(Run(names[number], first * width, (stop - start) * width))
+    is_moved = not rows.is_floating_point() and len(widths) == 1
+    if not is_moved or (rows.ndim > 1 and rows.shape[-1] != 1):
+        raise UserError(
+            f"{name}: transformers rewrites this tensor's values on load; save the folder once "
+            "with from_pretrained(..).save_pretrained(.., save_original_format=False)"
+        )
+    shape = tuple(rows.shape) if rows.ndim == 1 else (*rows.shape[:-1], widths.pop())
+    return Source(checkpoint, shape, runs)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """experts.2 before experts.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 @torch.no_grad()
@@ -133,6 +217,6 @@ def load_full(model: PreTrainedModel, folder: str | Path) -> None:
     """Fill an unsharded HF model from its folder; the same rules as the sharded load."""
     checkpoint = Checkpoint(folder)
     parameters = dict(model.named_parameters())
-    for name, stored in file_names(model, checkpoint).items():
+    for name, source in find_sources(model, checkpoint).items():
         if name in parameters:
-            parameters[name].copy_(checkpoint.tensor(stored))
+            parameters[name].copy_(source.tensor())

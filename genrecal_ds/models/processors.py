@@ -1,4 +1,4 @@
-"""Processors without torchvision: the PIL image backend, the tokenizer, and no video part.
+"""Processors without torchvision: the PIL image backend, the tokenizer, no video and no audio.
 
 transformers builds a processor's video part with torchvision, even to read one picture. Here the
 part is left out. Pixels always come from the PIL backend, whatever is installed: PIL and
@@ -7,7 +7,6 @@ that have no PIL backend (Family.needs_torchvision) take torchvision's, or are r
 """
 
 import importlib
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,13 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.families import FAMILIES
 from genrecal_ds.models.remote import is_allowed
 from genrecal_ds.models.tokenizer_files import check_tokenizer, is_plain
+
+
+class LeftOut:
+    """In place of a processor's video or audio part: whatever its __init__ asks of it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class TextProcessor:
@@ -96,19 +102,31 @@ def build_processor(
         raise UserError(f"model_type {model_type} has no processor in this transformers")
     original = _transformers_class(name, model_type)
 
-    class WithoutVideo(original):  # type: ignore[misc, valid-type]
+    kept = ["image_processor", "tokenizer"]
+    left_out = [name for name in original.get_attributes() if name not in kept]
+
+    class PicturesAlone(original):  # type: ignore[misc, valid-type]
+        _attributes = original.get_attributes()  # in the order in which its __init__ passes them
+
         @classmethod
         def get_attributes(cls) -> list[str]:
-            return ["image_processor", "tokenizer"]
+            return cls._attributes
 
-    WithoutVideo.__name__ = original.__name__  # the name that save_pretrained writes
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            if not isinstance(argument, LeftOut):
+                return super().check_argument_for_proper_class(name, argument)
+
+    PicturesAlone.__name__ = original.__name__  # the name that save_pretrained writes
     image_processor = _image_processor_class(model_type, image_processor_type)(**image_settings)
-    if "video_processor" in inspect.signature(original.__init__).parameters:
-        settings["video_processor"] = None
+    settings |= {name: LeftOut() for name in left_out}
     try:
-        return WithoutVideo(image_processor=image_processor, tokenizer=tokenizer, **settings)
+        processor = PicturesAlone(image_processor=image_processor, tokenizer=tokenizer, **settings)
     except ImportError as error:  # SmolVLM's spells numbers in words, for videos
         raise UserError(f"model_type {model_type}: {' '.join(str(error).split())}") from None
+    PicturesAlone._attributes = kept
+    for name in left_out:
+        delattr(processor, name)
+    return processor
 
 
 def backend(model_type: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
@@ -22,6 +23,7 @@ from genrecal_ds.models.attention import Backend
 from genrecal_ds.models.packed_blocks import MODEL_TYPES, check_family, packed_forward
 from genrecal_ds.ops.token_align import token_align
 
+FINAL_NORMS = ("norm", "embedding_norm")  # names of a decoder's last norm; the second is Lfm2's
 Blocks = Literal["auto", "packed", "transformers"]
 
 
@@ -158,12 +160,16 @@ def build_decoder(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The family's own decoder class, without embedding and without its final norm."""
     decoder = AutoModel.from_config(config, dtype=dtype)
     decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
-    if not hasattr(decoder, "embed_tokens") or not hasattr(decoder, "norm"):
+    norm = next((name for name in FINAL_NORMS if hasattr(decoder, name)), None)
+    if not hasattr(decoder, "embed_tokens") or norm is None:
         raise UserError(
             f"student text model {type(decoder).__name__}: no decoder adapter for it yet"
         )
-    decoder.embed_tokens = None
-    decoder.norm = nn.Identity()  # the Recalibrator has its own norm, after Proj-post
+    for name, module in decoder.named_children():
+        # The embedding; in Phi-4-multimodal, whose decoder is its whole body, eyes and ears too.
+        if name not in ("layers", norm) and any(True for _ in module.parameters()):
+            setattr(decoder, name, None)
+    setattr(decoder, norm, nn.Identity())  # the Recalibrator has its own norm, after Proj-post
     return decoder
 
 
@@ -176,11 +182,17 @@ def save_recalibrator(state: dict[str, Tensor], folder: Path, facts: dict) -> No
 
 def load_recalibrator(module: Recalibrator, folder: Path) -> None:
     """Fill a Recalibrator from a folder. Raises UserError when it is of another shape."""
+    module.load_state_dict(load_file(check_recalibrator(module, folder)))
+
+
+def check_recalibrator(module: Recalibrator, folder: Path) -> Path:
+    """The file of its weights, from its header. Raises UserError when it is of another shape."""
     path = folder / "recalibrator.safetensors"
     if not path.is_file():
         raise UserError(f"recalibrator: {folder} has no recalibrator.safetensors")
-    state = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    if {name: tuple(value.shape) for name, value in state.items()} != expected:
+    if stored != expected:
         raise UserError(f"recalibrator: {path} was trained for another pair or depth")
-    module.load_state_dict(state)
+    return path

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers.initialization import no_init_weights
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.loading import Checkpoint, file_names
+from genrecal_ds.models.loading import Checkpoint, find_sources
 from genrecal_ds.models.vlm import VLM
 
 
@@ -31,9 +31,8 @@ def load_replica(
     """
     with no_init_weights():  # pages of a weight that nobody wrote take no memory
         vlm = VLM.from_config(folder, dtype, pack, attention).requires_grad_(False).eval()
-    quantize = _int8() if int8 else None
-    checkpoint = Checkpoint(folder)
-    stored = file_names(vlm.model, checkpoint)
+    quantize = int8_quantizer() if int8 else None
+    sources = find_sources(vlm.model, Checkpoint(folder))
     in_decoder = {
         id(module) for layer in vlm.model.get_decoder().layers for module in layer.modules()
     }
@@ -43,7 +42,7 @@ def load_replica(
             if id(parameter) not in filled:
                 filled.add(id(parameter))
                 full_name = f"{prefix}.{name}" if prefix else name
-                parameter.data.copy_(checkpoint.tensor(stored[full_name]))
+                parameter.data.copy_(sources[full_name].tensor())
                 parameter.data = parameter.data.to(device)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -63,7 +62,8 @@ class Int8Linear(nn.Linear):
         return linear(rows, self.weight.dequantize(), self.bias)
 
 
-def _int8() -> Callable[[nn.Linear], None]:
+def int8_quantizer() -> Callable[[nn.Linear], None]:
+    """Turns a linear layer into one of 8 bits. Raises UserError where torchao is missing."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError:

@@ -118,6 +118,7 @@ class VLM(nn.Module):
         family without facts in models/families.py, or a backend that would ignore a softcap.
         """
         config = read_config(folder)
+        attention = attention or FAMILIES[config.model_type].attention
         _check_attention(folder, config, attention)
         model = auto_class(config).from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=is_allowed(folder)
@@ -165,6 +166,8 @@ class VLM(nn.Module):
         per_token = {
             key: torch.zeros_like(input_ids) for key in self.family.vision_inputs if key in tokens
         }
+        if self.samples is not None:
+            self.samples.spans = spans_of(mask)
         own = self.model(
             input_ids=input_ids, attention_mask=mask, use_cache=False, **per_token
         ).logits.float()
@@ -244,8 +247,13 @@ def auto_class(config: PreTrainedConfig) -> type:
 
 def plain_model(folder: str | Path) -> PreTrainedModel:
     """A folder's own class with its weights, as transformers loads it."""
-    factory = auto_class(read_config(folder))
-    return factory.from_pretrained(folder, dtype="auto", trust_remote_code=is_allowed(folder))
+    config = read_config(folder)
+    return auto_class(config).from_pretrained(
+        folder,
+        dtype="auto",
+        attn_implementation=FAMILIES[config.model_type].attention,
+        trust_remote_code=is_allowed(folder),
+    )
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from genrecal_ds import dist
 from genrecal_ds.config import DataConfig, ModelSource, Recipe, StageConfig, load_ds_config
@@ -26,7 +26,7 @@ from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.families import Family
 from genrecal_ds.models.head import load_final_norm, place_frozen_head
-from genrecal_ds.models.loading import Checkpoint, file_names
+from genrecal_ds.models.loading import Checkpoint, find_sources
 from genrecal_ds.models.lora import add_adapters, merged
 from genrecal_ds.models.recalibrator import (
     Recalibrator,
@@ -36,7 +36,7 @@ from genrecal_ds.models.recalibrator import (
 )
 from genrecal_ds.models.remote import allow
 from genrecal_ds.models.replica import load_replica
-from genrecal_ds.models.vlm import VLM, TeacherBody, read_config
+from genrecal_ds.models.vlm import VLM, TeacherBody, read_config, skeleton
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.supervised import Supervised
 from genrecal_ds.training.engine import (
@@ -246,17 +246,11 @@ def load_vlm_sharded(
         load_ds_config(ds_name),
         precision,
     )
-    checkpoint = Checkpoint(folder)
-    stored = file_names(vlm.model, checkpoint)
+    sources = find_sources(skeleton(folder).model, Checkpoint(folder))
     load_sharded(
-        (parameter, _reader(checkpoint, stored[name]))
-        for name, parameter in vlm.model.named_parameters()
+        (parameter, sources[name].flat_range) for name, parameter in vlm.model.named_parameters()
     )
     return vlm
-
-
-def _reader(checkpoint: Checkpoint, stored: str) -> Callable[[int, int], Tensor]:
-    return lambda first, last: checkpoint.flat_range(stored, first, last)
 
 
 def _objective(
@@ -279,19 +273,21 @@ def _objective(
 def new_recalibrator(recipe: Recipe, student: VLM) -> Recalibrator:
     """A fresh Recalibrator, whole; the engine shards it."""
     assert recipe.teacher is not None
-    teacher_config = read_config(recipe.teacher.path).get_text_config()
-    recalibrator = Recalibrator(
-        student.text_config,
-        teacher_config.hidden_size,
-        recipe.recalibrator.depth,
-        DTYPES[recipe.precision],
-        recipe.recalibrator.blocks,
-        recipe.recalibrator.attention,
-    )
+    recalibrator = unfilled_recalibrator(recipe, student, DTYPES[recipe.precision])
     check_backend(recipe.recalibrator.attention, dist.device(), DTYPES[recipe.precision])
     std = getattr(student.text_config, "initializer_range", 0.02)
     recalibrator.initialize(std, load_final_norm(recipe.teacher.path))
     return recalibrator
+
+
+def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> Recalibrator:
+    """The recipe's, with values that are not meant to be used."""
+    assert recipe.teacher is not None
+    width = read_config(recipe.teacher.path).get_text_config().hidden_size
+    chosen = recipe.recalibrator
+    return Recalibrator(
+        student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention
+    )
 
 
 def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[Path], None]:
@@ -321,10 +317,13 @@ def describe_blocks(recipe: Recipe) -> str:
     return f"packed {family} blocks, attention {attention}"
 
 
-def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, bool]]:
-    """(part, parameters, trains) of a stage, on the meta device: needs no memory and no weights."""
+def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int]]:
+    """(part, parameters, how many of them train) of a stage, on the meta device: needs no memory
+    and no weights."""
     with torch.device("meta"):
         student = VLM.from_config(recipe.student.path, torch.float32)
+        if recipe.student.lora:
+            add_adapters(student, recipe.student.lora)
         freeze(student, stage)
         counts: dict[str, list[int]] = {}
         for _, parameter, component in student.components():
@@ -334,24 +333,16 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, boo
                 trained + parameter.numel() * parameter.requires_grad,
             ]
         for component, (total, trained) in counts.items():
-            yield f"student.{component}", total, trained > 0
+            yield f"student.{component}", total, trained
         if STAGES[stage.kind].recalibrator:
-            assert recipe.teacher is not None
-            width = read_config(recipe.teacher.path).get_text_config().hidden_size
-            chosen = recipe.recalibrator
-            recalibrator = Recalibrator(
-                student.text_config,
-                width,
-                chosen.depth,
-                torch.float32,
-                chosen.blocks,
-                chosen.attention,
-            )
-            yield "recalibrator", sum(p.numel() for p in recalibrator.parameters()), True
+            recalibrator = unfilled_recalibrator(recipe, student, torch.float32)
+            total = sum(parameter.numel() for parameter in recalibrator.parameters())
+            yield "recalibrator", total, total
 
 
 def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
     """describe as lines, for people."""
     yield f"stage {stage.name} ({stage.kind})"
-    for part, count, trains in describe(recipe, stage):
-        yield f"  {part:<20} {count:>15,} parameters  {'trains' if trains else 'frozen'}"
+    for part, count, trained in describe(recipe, stage):
+        word = {count: "trains", 0: "frozen"}.get(trained, f"{trained:,} train: adapters")
+        yield f"  {part:<20} {count:>15,} parameters  {word}"

@@ -24,6 +24,7 @@ DATA_TOOLS_MAY_IMPORT = (
     "genrecal_ds.errors",
     "genrecal_ds.models.chat",
     "genrecal_ds.models.processors",
+    "genrecal_ds.text",
 )
 
 
@@ -130,6 +131,16 @@ def test_export_knows_checkpoints_only_and_not_at_import_time():
     assert not any(is_in(name, "genrecal_ds.training") for name in eager)
 
 
+def test_doctor_knows_how_stages_are_built_and_not_at_import_time():
+    """As --dry-run does: to share what it prints, and to refuse a recipe before torch is there."""
+    doctor = ROOT / "genrecal_ds/doctor.py"
+    training = {name for name in imported(doctor) if is_in(name, "genrecal_ds.training")}
+    allowed = {"genrecal_ds.training.build", "genrecal_ds.training.sizes"}
+    assert all(is_in(name, allowed) for name in training)
+    eager = imported(doctor, at_import_time=True)
+    assert not any(is_in(name, "genrecal_ds.training") for name in eager)
+
+
 def test_ops_import_torch_only():
     for path in sources("genrecal_ds/ops"):
         outside = {
@@ -162,13 +173,13 @@ def test_data_tools_import_data_config_and_processors_only():
         assert others == set(), f"{path.relative_to(ROOT)} reaches into other rooms"
 
 
-@pytest.mark.parametrize("leaf", ["genrecal_ds/config.py", "genrecal_ds/errors.py"])
+@pytest.mark.parametrize("leaf", [f"genrecal_ds/{n}.py" for n in ("config", "errors", "memory")])
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "deepspeed"])
 def test_leaf_imports_nothing_heavy(leaf: str, heavy: str):
     assert importers(sources(leaf), heavy) == set()
 
 
-@pytest.mark.parametrize("module", ["genrecal_ds.config", "launch.train"])
+@pytest.mark.parametrize("module", ["genrecal_ds.config", "genrecal_ds.doctor", "launch.train"])
 def test_importing_leaves_torch_out(module: str):
     """A recipe is refused, and --help printed, before torch is imported: also through others."""
     sources(module.replace(".", "/") + ".py")

@@ -8,7 +8,9 @@ a few rows; `ROWS` maps a row's name to the function that writes it.
 
 from pathlib import Path
 
-from tests.zoo import gemma, idefics, llava, ovis, qwen, text
+from transformers.utils import is_torchvision_available
+
+from tests.zoo import gemma, idefics, llava, minicpm, ovis, qwen, text, torchvision
 from tests.zoo.tokenizers import KINDS, Kind
 
 ROWS = {
@@ -17,9 +19,15 @@ ROWS = {
     **idefics.ROWS,
     **gemma.ROWS,
     **ovis.ROWS,
+    **minicpm.ROWS,
     **text.ROWS,
 }
-MODEL_TYPES = {"paligemma2": "paligemma"}  # of rows whose name is not their model_type
+if is_torchvision_available():
+    ROWS |= torchvision.ROWS
+MODEL_TYPES = {
+    "paligemma2": "paligemma",
+    "llava_pixtral": "llava",
+}  # of rows whose name is not their model_type
 
 
 def build(row: str, folder: Path, kind: Kind = "byte_bpe") -> Path:

@@ -51,9 +51,13 @@ class Table:
         text = self.path.read_text()
         before, _, rest = text.partition(START)
         _, _, after = rest.partition(END)
+        middle = text.partition(START)[2].partition(END)[0]
+        # Rows of another run, in another environment, stay.
+        cells = {line.split("|")[1].strip(): line for line in middle.splitlines()[3:]}
+        for row in {row for row, _ in self.outcomes}:
+            cells[row] = "| " + " | ".join(self._cells(row)) + " |"
         lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
-        for row in sorted({row for row, _ in self.outcomes}):
-            lines.append("| " + " | ".join(self._cells(row)) + " |")
+        lines += [cells[row] for row in sorted(cells)]
         self.path.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}")
 
     def _cells(self, row: str) -> list[str]:

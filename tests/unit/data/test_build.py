@@ -19,11 +19,11 @@ from data_tools.build import main
 from data_tools.builder import build
 from data_tools.inspect import main as inspect
 from data_tools.sources import RawSample, Rows
-from genrecal_ds.text import printable
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
+from genrecal_ds.text import printable
 
 pytestmark = pytest.mark.unit
 

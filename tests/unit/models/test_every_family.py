@@ -51,7 +51,7 @@ def most_turns(*folders):
 
 
 def encode(folder, color=GREEN):
-    encoders = PairEncoders(ChatEncoder(folder, 900))
+    encoders = PairEncoders(ChatEncoder(folder, 2000))
     asked = samples(reads_images(folder), color, most_turns(folder))
     pairs = [encoders.encode(*sample) for sample in asked]
     return pairs, collate(pairs, encoders.placeholder(), encoders.vision_rules, False).student

@@ -41,7 +41,7 @@ class Stage(NamedTuple):
 
 def stage(teacher: Path, student: Path, trains_student: bool, pack: bool = False) -> Stage:
     torch.manual_seed(0)
-    encoders = PairEncoders(ChatEncoder(student, 900), ChatEncoder(teacher, 900))
+    encoders = PairEncoders(ChatEncoder(student, 2000), ChatEncoder(teacher, 2000))
     sees = all(reads_images(folder) for folder in (teacher, student))
     asked = samples(sees, turns=most_turns(teacher, student))
     pairs = [encoders.encode(*sample) for sample in asked]

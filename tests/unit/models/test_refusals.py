@@ -65,6 +65,12 @@ def test_no_config(tmp_path):
         load_vlm(tmp_path)
 
 
+@pytest.mark.parametrize("row", ["internvl", "qwen2_vl", "gemma2"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_check_of_logits_passes_on_a_sound_model(zoo, row, pack):
+    load_vlm(zoo(row), pack=pack).eval().check(torch.arange(8)[None])
+
+
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(softcap=4.0)])
 def test_logits_that_change_behind_the_head(zoo, transform):
     """gemma2's real softcap is 5: no softcap, and another one, are both noticed."""

@@ -1,0 +1,373 @@
+"""Says, without a GPU and before any training, whether a recipe will run and what it teaches.
+
+    python -m genrecal_ds.doctor RECIPE.yaml [key=value ...] [--gpus N] [--gpu-memory GIB]
+    python -m genrecal_ds.doctor RECIPE.yaml [key=value ...] --hostfile HOSTS
+
+Every refusal is one line that names file or key and the fix. Exit code 0, or 2 with any refusal.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from genrecal_ds.config import ModelSource, Recipe, StageConfig, load_recipe
+from genrecal_ds.errors import UserError
+from genrecal_ds.hosts import Cluster, cluster_of
+from genrecal_ds.memory import GIB, NOT_COUNTED, Estimate, estimate
+from genrecal_ds.refusals import Report
+
+if TYPE_CHECKING:
+    from genrecal_ds.data.index import ShardIndex
+    from genrecal_ds.models.chat import ChatEncoder
+
+NUM_SAMPLES = 20
+ONE_RELEASE = "take all its files from one release"
+
+
+@dataclass
+class Case:
+    """What the sections share; a part that was refused is not in it."""
+
+    recipe: Recipe
+    report: Report
+    cluster: Cluster | None = None
+    indices: "dict[str, ShardIndex]" = field(default_factory=dict)
+    encoders: "dict[str, ChatEncoder]" = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)  # sides whose architecture cannot be built
+
+    @property
+    def sources(self) -> dict[str, ModelSource]:
+        """By side; the teacher only where a stage needs it, as in training."""
+        sources: dict[str, ModelSource] = {}
+        if self.recipe.teacher and any(stage.needs_teacher for stage in self.recipe.stages):
+            sources["teacher"] = self.recipe.teacher
+        return {**sources, "student": self.recipe.student}
+
+
+def models(case: Case) -> None:
+    """Both folders, from their config and the headers of their weights."""
+    from genrecal_ds.models.loading import Checkpoint, find_sources
+    from genrecal_ds.models.packing import OURS
+    from genrecal_ds.models.processors import backend
+    from genrecal_ds.models.replica import int8_quantizer
+    from genrecal_ds.training.build import allow_code, describe_blocks
+    from genrecal_ds.training.sizes import body_of
+
+    report = case.report
+    for side, source in case.sources.items():
+        report.say(f"{side}: {source.path}")
+        case.broken.add(side)
+        with report.attempt(f"{side}.path", ONE_RELEASE):
+            allow_code(source)
+            try:
+                vlm = body_of(source)
+            except ImportError as error:  # transformers asks for its package by the attention
+                raise UserError(f"attention: {' '.join(str(error).split())}; install it") from None
+            config = vlm.model.config
+            total = sum(parameter.numel() for parameter in vlm.parameters())
+            tied = "tied" if vlm.is_tied else "not tied"
+            report.say(f"  family {config.model_type}, class {type(vlm.model).__name__}")
+            report.say(f"  {total:,} parameters, head and embeddings {tied}")
+            scale, softcap = vlm.head.transform
+            report.say(f"  behind the head: scale {scale:g}, softcap {softcap or 'none'}")
+            attention = vlm.model.get_decoder().config._attn_implementation
+            attention = "ours, within each sample" if attention == OURS else attention
+            packing = "samples packed" if vlm.pack else "samples padded"
+            report.say(f"  {packing}, attention {attention}")
+            report.say(f"  pixels from {backend(config.model_type)}")
+            case.broken.discard(side)
+            checkpoint = Checkpoint(source.path)
+            found = find_sources(vlm.model, checkpoint)
+            report.say(
+                f"  weights: every one of {len(found)} tensors is there, in its shape; "
+                f"{' and '.join(checkpoint.dtypes())} in the files"
+            )
+    if "teacher" in case.sources and "student" not in case.broken:
+        with report.attempt("teacher.placement"):
+            if case.recipe.teacher and case.recipe.teacher.placement == "replica_int8":
+                int8_quantizer()
+        with report.attempt("recalibrator"):
+            report.say(f"recalibrator: {describe_blocks(case.recipe)}")
+
+
+def tokenizers(case: Case) -> None:
+    """Vocabularies and templates, as every sample will go through them."""
+    from genrecal_ds.models.chat import ChatEncoder
+    from genrecal_ds.models.vlm import read_config
+    from genrecal_ds.training.build import allow_code
+
+    for side, source in case.sources.items():
+        with case.report.attempt(f"{side}.path", ONE_RELEASE):
+            allow_code(source)  # refused again, in the same words, where it was
+            encoder = ChatEncoder(source.path, source.max_length)
+            case.encoders[side] = encoder
+            vocabulary = encoder.tokenizer.get_vocab()
+            rows = read_config(source.path).get_text_config().vocab_size
+            end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_of_turn)
+            how = "by {% generation %}" if encoder.marks_answers else "by rendering prefixes"
+            kind = "slow"
+            if encoder.tokenizer.is_fast:
+                kind = f"fast {type(encoder.tokenizer.backend_tokenizer.model).__name__}"
+            case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, {kind}")
+            case.report.say(
+                f"  {len(vocabulary):,} tokens, ids up to {max(vocabulary.values()):,}; "
+                f"{rows:,} embedding rows"
+            )
+            case.report.say(f"  end of turn {end} (id {encoder.end_of_turn}); answers found {how}")
+
+
+def samples(case: Case) -> None:
+    """What is taught on real samples, then their lengths and why some are left out."""
+    from genrecal_ds.analysis import samples as view
+    from genrecal_ds.data.loader import PairEncoders
+
+    report, index = case.report, case.indices.get(case.recipe.data.train)
+    if index is None or case.encoders.keys() != case.sources.keys():
+        report.say("skipped: needs data.train and every tokenizer")
+        return
+    encoders = PairEncoders(
+        case.encoders["student"], case.encoders.get("teacher"), case.recipe.data.too_long
+    )
+    looks = view.look_at(index, encoders, NUM_SAMPLES)
+    for look in looks:
+        report.say(look.name + (", truncated" if look.is_truncated else ""))
+        if look.reason:
+            report.say(f"  left out: {look.reason}")
+        for side, chat in look.taught.items():
+            shown = view.marked(chat, case.encoders[side], report.in_colour)
+            report.say(Text(f"  {side}: ").append_text(shown))
+    report.section(f"Lengths of these {len(looks)} samples")
+    for side, encoder in case.encoders.items():
+        lengths = [look.lengths[side] for look in looks if side in look.lengths]
+        visual = [look.visual[side] for look in looks if side in look.visual]
+        _lengths(report, side, np.array(lengths, int), np.array(visual, int), encoder.max_length)
+    for reason, count in view.reasons(looks).most_common():
+        report.say(f"left out: {count} of {len(looks)}: {reason}")
+    for look in looks:
+        if look.ends_the_run:
+            report.refuse(
+                f"data.too_long: error, and {look.name} is {look.reason}; raise max_length, or "
+                "set drop or truncate_question"
+            )
+    if all(look.reason for look in looks):
+        reason = view.reasons(looks).most_common(1)[0][0]
+        report.refuse(f"data.train: none of {len(looks)} samples can be used: {reason}")
+
+
+def _lengths(
+    report: Report, side: str, lengths: np.ndarray, visual: np.ndarray, max_length: int
+) -> None:
+    from genrecal_ds.analysis import samples as view
+
+    report.say(f"{side}: {view.visual_tokens(visual)}; tokens of a sample:")
+    for line in view.histogram(lengths, max_length):
+        report.say(f"  {line}")
+
+
+def all_lengths(case: Case) -> None:
+    """The same of every sample, where data.lengths has them measured."""
+    from genrecal_ds.data.lengths import load_table
+
+    if case.recipe.data.lengths != "measured":
+        case.report.say("not measured: data.lengths is estimated")
+    elif case.encoders.keys() != case.sources.keys():
+        case.report.say("skipped: needs every tokenizer")
+    else:
+        digests = {side: encoder.digest for side, encoder in case.encoders.items()}
+        trained = {s.data or case.recipe.data.train for s in case.recipe.stages}
+        for folder in sorted(trained & case.indices.keys()):
+            with case.report.attempt("data.lengths"):
+                table, _ = load_table(case.indices[folder], digests)
+                case.report.say(f"{folder}: {len(table):,} samples")
+                for side, encoder in case.encoders.items():
+                    good = table[table[side] >= 0]
+                    visual = good[f"{side}_visual"]
+                    _lengths(case.report, side, good[side], visual, encoder.max_length)
+                    if lost := len(table) - len(good):
+                        case.report.say(f"  cannot be encoded: {lost:,}")
+
+
+def stages(case: Case) -> None:
+    """What trains, and what a stage starts from."""
+    from genrecal_ds.training.build import freeze_map
+
+    for stage in case.recipe.stages:
+        key = f"stages.{stage.name}"
+        if not case.broken:
+            with case.report.attempt(key):
+                for line in freeze_map(case.recipe, stage):
+                    case.report.say(line)
+            _starts(case, stage)
+    if case.broken:
+        case.report.say(f"skipped: needs the {' and the '.join(sorted(case.broken))}")
+
+
+def _starts(case: Case, stage: StageConfig) -> None:
+    """The folders that a stage names; those of earlier stages do not exist yet."""
+    import torch
+
+    from genrecal_ds.models.loading import Checkpoint, find_sources
+    from genrecal_ds.models.recalibrator import check_recalibrator
+    from genrecal_ds.models.vlm import skeleton
+    from genrecal_ds.training.build import unfilled_recalibrator
+
+    key = f"stages.{stage.name}"
+    if stage.student and not stage.student.startswith("stage:"):
+        with case.report.attempt(f"{key}.student", ONE_RELEASE):
+            student, own = skeleton(stage.student), skeleton(case.recipe.student.path)
+            find_sources(student.model, Checkpoint(stage.student))
+            shapes, own_shapes = (
+                {name: p.shape for name, p in vlm.named_parameters()} for vlm in (student, own)
+            )
+            if shapes != own_shapes:
+                raise UserError(
+                    f"{stage.student} is of another architecture than student.path, whose tokens "
+                    "it would be taught; name a result of this student"
+                )
+    folder = stage.recalibrator if stage.needs_teacher else None
+    if folder and not folder.startswith("stage:"):
+        with case.report.attempt(f"{key}.recalibrator", "name a stage's result"):
+            with torch.device("meta"):
+                student = skeleton(case.recipe.student.path)
+                module = unfilled_recalibrator(case.recipe, student, torch.float32)
+            check_recalibrator(module, Path(folder))
+
+
+def memory(case: Case) -> None:
+    """Whether ranks divide the batch, and whether each stage fits."""
+    from genrecal_ds.training.sizes import load_of
+
+    report, cluster = case.report, case.cluster
+    if cluster is None:
+        report.say("skipped: needs the cluster")
+        return
+    report.say(cluster.described)
+    report.say(f"an estimate: {NOT_COUNTED}")
+    for stage in case.recipe.stages:
+        with report.attempt(f"stage {stage.name}"):
+            micro_steps = case.recipe.accumulation_steps(stage, cluster.gpus)
+            report.say(f"stage {stage.name}: {micro_steps} micro-batches a step on each GPU")
+        if case.broken:
+            continue
+        with report.attempt(f"stages.{stage.name}"):
+            _fit(report, stage.name, estimate(load_of(case.recipe, stage, cluster.gpus)), cluster)
+    if case.broken:
+        report.say(f"skipped: needs the {' and the '.join(sorted(case.broken))}")
+
+
+def _fit(report: Report, stage: str, found: Estimate, cluster: Cluster) -> None:
+    for part in found.parts:
+        place = part.place if part.place == "host" else f"gpu {part.phase}"
+        report.say(f"  {part.name:<32} {part.bytes / GIB:>9.3f} GiB  {place:<12} {part.formula}")
+    ranks = min(cluster.per_host, cluster.gpus)
+    host = found.host(ranks)
+    report.say(f"  peak of a GPU {found.gpu / GIB:.2f} of {cluster.gpu_bytes / GIB:.0f} GiB")
+    known = f" of {cluster.host_bytes / GIB:.0f}" if cluster.host_bytes else ""
+    report.say(f"  host of {ranks} ranks {host / GIB:.2f}{known} GiB")
+    needs = {"gpu": (found.gpu, cluster.gpu_bytes), "host": (host, cluster.host_bytes)}
+    for place, (needed, there) in needs.items():
+        if there and needed > there:
+            part = found.largest(place)
+            report.refuse(
+                f"stages.{stage}: a {place} needs {needed / GIB:.1f} of {there / GIB:.1f} GiB; "
+                f"largest: {part.name}, {part.bytes / GIB:.1f} GiB per rank; {part.fix}"
+            )
+
+
+def data(case: Case) -> None:
+    """Every folder of shards; case.indices holds those that open_shards could read."""
+    for key, folder in _folders(case.recipe).items():
+        index = case.indices.get(folder)
+        facts = "refused, see above"
+        if index is not None:
+            facts = f"{len(index):,} samples, {index.fingerprint}"
+        case.report.say(f"{key}: {folder}: {facts}")
+
+
+def open_shards(case: Case) -> None:
+    from genrecal_ds.data.index import ShardIndex
+    from genrecal_ds.training.build import store_of
+
+    for key, folder in _folders(case.recipe).items():
+        if folder not in case.indices:
+            with case.report.attempt(key):
+                case.indices[folder] = ShardIndex.load(store_of(folder, case.recipe))
+
+
+def _folders(recipe: Recipe) -> dict[str, str]:
+    named = {"data.train": recipe.data.train, "data.validation": recipe.data.validation}
+    named |= {f"stages.{stage.name}.data": stage.data for stage in recipe.stages}
+    return {key: folder for key, folder in named.items() if folder is not None}
+
+
+def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> None:
+    """All sections, in order; each prints what it can."""
+    case = Case(recipe, report)
+    open_shards(case)
+    with report.attempt("--hostfile"):
+        case.cluster = cluster_of(arguments.gpus, arguments.gpu_memory, arguments.hostfile)
+    marks = "answers green, boundary rows yellow"
+    if not report.in_colour:
+        marks = "answers in [[ ]], boundary rows in (( ))"
+    titles = {
+        "Models": models,
+        "Tokenizers and templates": tokenizers,
+        f"What is taught, on {NUM_SAMPLES} samples of data.train at most ({marks})": samples,
+        "Lengths of all samples": all_lengths,
+        "What trains": stages,
+        "Memory": memory,
+        "Data": data,
+    }
+    for title, section in titles.items():
+        report.section(title)
+        with report.attempt(title):
+            section(case)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 the recipe will run, 2 something was refused."""
+    arguments = _parse(argv)
+    report = Report(Console())
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        examine(recipe, arguments, report)
+    except UserError as error:
+        report.refuse(str(error))
+    report.section("Refusals" if report.refusals else "No refusals")
+    for line in report.refusals:
+        report.say(line, "red")
+    return 2 if report.refusals else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m genrecal_ds.doctor", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--gpus", type=_positive(int), metavar="N", help="ranks in all")
+    parser.add_argument("--gpu-memory", type=_positive(float), metavar="GIB", help="of one GPU")
+    parser.add_argument("--hostfile", type=Path, metavar="HOSTS", help="`hostname slots=N` a line")
+    return parser.parse_intermixed_args(argv)
+
+
+def _positive(kind: type):
+    def read(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())
