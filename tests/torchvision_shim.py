@@ -7,7 +7,7 @@ For tests alone: `make test-extras` names it.
 
 import torch
 
-if not torch.cuda.is_available():
+if torch.version.cuda is None:
     _operators = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -202,14 +202,17 @@ def _image_processor_class(model_type: str, name: str | None) -> type:
 
 def _transformers_class(name: str, model_type: str) -> type:
     found = getattr(importlib.import_module("transformers"), name, None)
-    backends = getattr(found, "_backends", ())  # of a stand-in for a class that cannot be imported
     if found is None:
         raise UserError(f"model_type {model_type}: this transformers has no {name}; update it")
-    if "torchvision" in backends:
+    if "torchvision" not in getattr(found, "_backends", ()):
+        return found
+    # A stand-in. Some stand for classes that need torchvision no more than their file does.
+    try:
+        return getattr(importlib.import_module(found.__module__), name)
+    except (ImportError, RuntimeError):  # RuntimeError: a torchvision that does not fit torch
         raise UserError(
             f"model_type {model_type}: {name} needs torchvision, which is not installed"
-        )
-    return found
+        ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,20 +5,17 @@ from pathlib import Path
 from tests.zoo.saving import MEAN, llm, save_vlm, template, vit
 from tests.zoo.tokenizers import Kind, train
 
-SQUARE = {"size": {"height": 32, "width": 32}, **MEAN}
+CLIP_PIXELS = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, **MEAN}
+CLIP_TOKENS = {
+    "patch_size": 8, "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1, "chat_template": template("<image>"),
+}  # fmt: skip
 
 
 def llava(folder: Path, kind: Kind) -> None:
     tokenizer = train(kind, ["<image>"], image_token="<image>")
-    images = {
-        "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, **MEAN,
-    }  # fmt: skip
-    processor = {
-        "patch_size": 8, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1, "chat_template": template("<image>"),
-    }  # fmt: skip
     save_vlm(
-        folder, "llava", tokenizer, images, processor,
+        folder, "llava", tokenizer, CLIP_PIXELS, CLIP_TOKENS,
         text_config=llm(tokenizer, "llama"),
         vision_config=vit(model_type="clip_vision_model", projection_dim=24),
         image_token_id=tokenizer.image_token_id, vision_feature_layer=-2,
@@ -27,38 +24,36 @@ def llava(folder: Path, kind: Kind) -> None:
     )  # fmt: skip
 
 
-def internvl(folder: Path, kind: Kind) -> None:
-    tokenizer = train(
-        kind, ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"], start_image_token="<img>",
-        end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>",
-    )  # fmt: skip
-    images = {
-        "size": {"height": 16, "width": 16}, "crop_to_patches": True, "min_patches": 1,
-        "max_patches": 4, **MEAN,
-    }  # fmt: skip
-    processor = {"image_seq_length": 4, "chat_template": template("<IMG_CONTEXT>")}
-    save_vlm(
-        folder, "internvl", tokenizer, images, processor,
-        text_config=llm(tokenizer, "qwen2", tie_word_embeddings=True),
-        vision_config=vit(image_size=16, patch_size=4),
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
-        downsample_ratio=0.5, tie_word_embeddings=True,
-    )  # fmt: skip
+def _internvl(text: str, is_tied: bool):
+    """InternVL 2.5, 3 and 3.5 differ in what reads the tokens."""
+
+    def write(folder: Path, kind: Kind) -> None:
+        tokenizer = train(
+            kind, ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"], start_image_token="<img>",
+            end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>",
+        )  # fmt: skip
+        images = {
+            "size": {"height": 16, "width": 16}, "crop_to_patches": True, "min_patches": 1,
+            "max_patches": 4, **MEAN,
+        }  # fmt: skip
+        processor = {"image_seq_length": 4, "chat_template": template("<IMG_CONTEXT>")}
+        save_vlm(
+            folder, "internvl", tokenizer, images, processor,
+            text_config=llm(tokenizer, text, tie_word_embeddings=is_tied),
+            vision_config=vit(image_size=16, patch_size=4),
+            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+            downsample_ratio=0.5, tie_word_embeddings=is_tied,
+        )  # fmt: skip
+
+    return write
 
 
 def llava_next(folder: Path, kind: Kind) -> None:
     tokenizer = train(kind, ["<image>"], image_token="<image>")
     grid = [[32, 64], [64, 32], [64, 64]]
-    images = {
-        "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
-        "image_grid_pinpoints": grid, **MEAN,
-    }  # fmt: skip
-    processor = {
-        "patch_size": 8, "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1, "chat_template": template("<image>"),
-    }  # fmt: skip
+    images = {**CLIP_PIXELS, "image_grid_pinpoints": grid}
     save_vlm(
-        folder, "llava_next", tokenizer, images, processor,
+        folder, "llava_next", tokenizer, images, CLIP_TOKENS,
         text_config=llm(tokenizer, "mistral"),
         vision_config=vit(model_type="clip_vision_model", projection_dim=24),
         image_token_id=tokenizer.image_token_id, vision_feature_layer=-2,
@@ -89,5 +84,7 @@ ROWS = {
     "llava": llava,
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
-    "internvl": internvl,
+    "internvl": _internvl("qwen2", is_tied=True),
+    "internvl_llama": _internvl("llama", is_tied=False),
+    "internvl_qwen3": _internvl("qwen3", is_tied=False),
 }
