@@ -25,8 +25,10 @@ ROWS = {
 if is_torchvision_available():
     ROWS |= torchvision.ROWS
 MODEL_TYPES = {
-    "paligemma2": "paligemma",
+    "internvl_llama": "internvl",
+    "internvl_qwen3": "internvl",
     "llava_pixtral": "llava",
+    "paligemma2": "paligemma",
 }  # of rows whose name is not their model_type
 
 
