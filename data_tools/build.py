@@ -10,9 +10,10 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from data_tools.builder import REJECTS_NAME, build, is_finished
+from data_tools.builder import REJECTS_NAME, Busy, build, build_share, is_finished
 from data_tools.progress import progress_bar
 from data_tools.sources import (
     Source,
@@ -29,7 +30,7 @@ from data_tools.sources import (
     webdataset,
 )
 from data_tools.text import complain
-from genrecal_ds.data.index import local_path
+from genrecal_ds.data.index import MANIFEST_NAME, local_path
 from genrecal_ds.errors import UserError
 
 # A new format is one entry here and one file in data_tools/sources.
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-size", default=512, type=positive, metavar="ROWS")
     add("--workers", type=positive, metavar="N", help="processes; default one per core")
     add("--max-reject-rate", default=0.01, type=float, metavar="R", help="default 0.01")
+    add("--task", type=task, metavar="I/N", help="make a share of the shards; see launch/slurm")
     return result
 
 
@@ -96,6 +98,14 @@ def not_negative(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value
+
+
+def task(text: str) -> tuple[int, int]:
+    """An argparse type: I/N with 0 <= I < N."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N, 0 <= I < N")
+    return int(number), int(count)
 
 
 def open_source(args: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
@@ -121,6 +131,37 @@ def run(args: argparse.Namespace) -> int:
     if is_finished(out, {**arguments, "source_digest": source.digest}):
         print(f"{args.out}: already built with these arguments, nothing to do")
         return 0
+    try:
+        if args.task and not _share_is_last(source, out, arguments, args):
+            return 0
+        return _build(source, out, arguments, args)
+    except Busy as error:
+        if not args.task:
+            raise
+        print(f"{error}: it makes what is missing, or another task will")
+        return 0
+
+
+def _share_is_last(
+    source: Source, out: Path, arguments: dict[str, Any], args: argparse.Namespace
+) -> bool:
+    """Make a task's share. Whether no shard is missing now, so that the index can be written."""
+    with progress_bar() as progress:
+        bar = progress.add_task("building a share", total=len(source) // args.task[1])
+        is_last = build_share(
+            source,
+            out,
+            args.task,
+            arguments=arguments,
+            shard_size=args.shard_size,
+            num_workers=args.workers or len(os.sched_getaffinity(0)),
+            advance=lambda rows: progress.advance(bar, rows),
+        )
+    print(f"{args.out}: task {args.task[0]} of {args.task[1]} has made its shards")
+    return is_last and not (out / MANIFEST_NAME).exists()
+
+
+def _build(source: Source, out: Path, arguments: dict[str, Any], args: argparse.Namespace) -> int:
     with progress_bar() as progress:
         task = progress.add_task("building", total=len(source))
         report = build(

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -86,9 +87,7 @@ def build(
     left out when more than max_reject_rate of the rows are bad. Raises UserError when none is
     accepted, or for a folder of anything else.
     """
-    assert _NAME.fullmatch(source.name), f"{source.name!r} would be part of every key"
-    identity = {**arguments, "source_digest": source.digest, "num_rows": len(source)}
-    identity |= {"shard_size": shard_size, "part_schema": PART_SCHEMA}
+    identity = _identity(source, arguments, shard_size)
     out.mkdir(parents=True, exist_ok=True)
     with _claimed(out, identity) as parts_folder:
         numbers = range(-(-len(source) // shard_size))
@@ -110,6 +109,45 @@ def build(
             publish_folder(out, parts, {**arguments, "source_digest": source.digest})
             shutil.rmtree(parts_folder)
     return report
+
+
+def build_share(
+    source: Source,
+    out: Path,
+    task: tuple[int, int],
+    *,
+    arguments: dict[str, Any],
+    shard_size: int = 512,
+    num_workers: int = 1,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> bool:
+    """Task (i, n)'s share of the shards: every n-th from i on; other tasks may write beside it.
+
+    True when no shard is missing any more: a last call of `build` then writes the index.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    identity = _identity(source, arguments, shard_size)
+    with _claimed(out, identity, is_shared=True) as parts_folder:
+        numbers = range(-(-len(source) // shard_size))
+        job = _Job(source, out, parts_folder, shard_size)
+        first, step = task
+        unfinished = [n for n in numbers[first::step] if not job.is_finished(n)]
+        for number in job.run(unfinished, num_workers):
+            advance(job.num_rows(number))
+        return all(job.part_path(number).is_file() for number in numbers)
+
+
+def _identity(source: Source, arguments: dict[str, Any], shard_size: int) -> dict[str, Any]:
+    """What a folder's build must be the same in to be gone on with."""
+    assert _NAME.fullmatch(source.name), f"{source.name!r} would be part of every key"
+    return {
+        **arguments, "source_digest": source.digest, "num_rows": len(source),
+        "shard_size": shard_size, "part_schema": PART_SCHEMA,
+    }  # fmt: skip
+
+
+class Busy(UserError):
+    """Another build is writing to the folder."""
 
 
 class _Job:
@@ -251,8 +289,11 @@ def _refuse_difference(out: Path, found: dict[str, Any], wanted: dict[str, Any])
 
 
 @contextmanager
-def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """The parts folder of this very build, locked; refuses a folder of anything else."""
+def _claimed(out: Path, identity: dict[str, Any], is_shared: bool = False) -> Iterator[Path]:
+    """The parts folder of this very build, locked; refuses a folder of anything else.
+
+    is_shared: tasks of one build lock out a whole one, not each other.
+    """
     for path in sorted(out.iterdir()):
         if not _OURS.fullmatch(path.name) or path.is_dir() != (path.name == PARTS_NAME):
             raise UserError(f"{path}: not from an unfinished build; choose an empty or new --out")
@@ -261,18 +302,22 @@ def _claimed(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
     descriptor = os.open(parts, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, lock | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{out}: another build is writing here; wait for it") from None
+            raise Busy(f"{out}: another build is writing here; wait for it") from None
         # through json, so that it compares equal to what a file gives back
         identity = json.loads(json.dumps(identity))
         stated = parts / "build.json"
-        if stated.is_file():
-            _refuse_difference(out, json.loads(stated.read_text(encoding="utf-8")), identity)
-        else:
-            write_json(stated, identity)
-        for path in [*out.glob(".*.tmp"), *parts.glob(".*.tmp")]:
-            path.unlink()
+        if not stated.is_file():
+            # under a name of its own: several tasks may come to this line together
+            own = parts / f".{socket.gethostname()}-{os.getpid()}.json.tmp"
+            own.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            os.replace(own, stated)
+        _refuse_difference(out, json.loads(stated.read_text(encoding="utf-8")), identity)
+        if not is_shared:  # else it may be another task's that is being written
+            for path in [*out.glob(".*.tmp"), *parts.glob(".*.tmp")]:
+                path.unlink()
         yield parts
     finally:
         os.close(descriptor)  # and with it the lock

@@ -198,8 +198,18 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(0, ge=0)  # steps; 0 = only the stage's result
-    keep: int = Field(2, gt=0)
+    every: int = Field(0, ge=0)  # steps; 0 = only when stopped, and the stage's result
+    keep: int = Field(2, gt=0)  # the newest
+    keep_every: int = Field(0, ge=0)  # and those of multiples of so many steps; 0 = none
+    trust: bool = False  # load files that others own or may write; a checkpoint is code
+
+
+class FaultConfig(Section):
+    """What is taken for a fault, and when a run ends by it."""
+
+    max_skipped: int = Field(10, gt=0)  # steps in a row without a finite gradient
+    spike_sigmas: float = Field(6.0, ge=0)  # loss or gradient norm this far up is noted; 0 = off
+    stall_seconds: float = Field(1800, ge=0)  # without progress; 0 = wait for ever
 
 
 class Recipe(Section):
@@ -209,8 +219,9 @@ class Recipe(Section):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     deterministic: bool = False  # torch.use_deterministic_algorithms
+    # auto: the newest whole checkpoint; latest: the one named so, or an error; step-N: that one.
     # new_data: go on with a checkpoint's weights although shards or order changed; a new epoch
-    resume: Literal["auto", "never", "new_data"] = "auto"
+    resume: str = Field("auto", pattern=r"^(auto|latest|never|new_data|step-\d{8})$")
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
     teacher: TeacherSource | None = None
     # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
@@ -223,6 +234,7 @@ class Recipe(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -1,10 +1,13 @@
 """Ranks and the few collectives the library needs. Every function works without a process group."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+
+from genrecal_ds.errors import UserError
 
 
 def is_initialized() -> bool:
@@ -37,6 +40,31 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if is_initialized():
         torch_dist.all_reduce(values)
     return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank; small ones, they are pickled."""
+    if not is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The main rank's value, on every rank; those of the others are not looked at."""
+    if not is_initialized():
+        return value
+    values = [value]
+    torch_dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def raise_together(message: str | None) -> None:
+    """Raise UserError on every rank if any has a message: else the others would wait for it."""
+    messages = [text for text in gather_objects(message) if text]
+    if messages:
+        raise UserError(messages[0])
 
 
 def device() -> torch.device:

@@ -47,8 +47,11 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     Frozen parameters come from the folder the stage started from, trained ones from the shards.
     """
     from genrecal_ds.training.checkpoint import consolidate, verify
+    from genrecal_ds.training.manifest import read_manifest
 
-    manifest = verify(path)
+    if defect := verify(path):
+        raise UserError(f"{path}: {defect}; export another checkpoint")
+    manifest = read_manifest(path)
     source = Path(manifest["student"])
     model = plain_model(source)
     state = model.state_dict()

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from genrecal_ds.errors import UserError
 
-_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]{0,252})\s+slots=([1-9][0-9]?)")
+HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
+_LINE = re.compile(rf"({HOST.pattern})[ \t]+slots=([1-9][0-9]?)")
+MAX_BYTES = 1 << 20
 MAX_HOSTS, MAX_SLOTS = 4096, 64
 ASSUMED_GPU_GIB, ASSUMED_GPUS_PER_HOST = 80.0, 8
 
@@ -20,9 +22,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """{host: slots}. Raises UserError naming file, line and fix."""
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"--hostfile {path}: larger than {MAX_BYTES} bytes; it lists hosts?")
     hosts: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        line = line.split("#")[0].strip()
+    # Lines end with \n only: a lone \r, or a form feed, would hide what follows it from a reader.
+    for number, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
+        line = line.removesuffix("\r").split("#")[0].strip(" \t")
         if not line:
             continue
         match = _LINE.fullmatch(line)
@@ -34,6 +39,21 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not 0 < len(hosts) <= MAX_HOSTS:
         raise UserError(f"{path}: {len(hosts)} hosts; 1..{MAX_HOSTS} are possible")
     return hosts
+
+
+def refuse_shared_devices(places: list[tuple[str, str]]) -> None:
+    """places: (host, device) of every rank. Raises UserError when two ranks drive one GPU.
+
+    Two lines of a hostfile may name one machine; NCCL then fails, or both share what one needs.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for rank, place in enumerate(places):
+        if place in seen:
+            raise UserError(
+                f"ranks {seen[place]} and {rank} both drive GPU {place[1]} of {place[0]}; "
+                "the hostfile names one machine twice, or with too many slots"
+            )
+        seen[place] = rank
 
 
 class Cluster(NamedTuple):

@@ -74,9 +74,13 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.precise = False  # wait for the device at phase ends; on logged steps only
+        self.current = ""  # the phase that began last, and how many did: read by the watchdog
+        self.phases_begun = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.current = name
+        self.phases_begun += 1
         start = self._now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
@@ -103,8 +107,9 @@ class JsonlLog:
     def keep_steps_before(self, step: int) -> None:
         """Drop lines of steps that will be run again after a resume."""
         if dist.is_main() and self.path.is_file():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] < step]
+            text = self.path.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
+            kept = [line for line in whole.splitlines() if json.loads(line)["step"] < step]
             self.path.write_text("".join(line + "\n" for line in kept))
 
     def write(self, record: dict) -> None:

@@ -66,6 +66,25 @@ def partitioning_ds_configs(folder: Path) -> dict[str, str]:
     return paths
 
 
+def recipe_tree(folder, pair, shards, student="student_init", **tree):
+    """A recipe for the tiny pair, without stages."""
+    return dict(
+        run_dir=str(folder / "run"), precision="fp32", deterministic=True,
+        teacher={"path": str(pair / "teacher_init"), "max_length": 128},
+        student={"path": str(pair / student), "max_length": 128},
+        data={"train": str(shards / "train"), "validation": str(shards / "validation")},
+        batch={"global_batch": 8, "micro_batch": 2},
+        optimizer={"lr": 1e-3},
+        log={"validation_samples": 8},
+        deepspeed=partitioning_ds_configs(folder),
+    ) | tree  # fmt: skip
+
+
+def records(stage_folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The lines of one of a stage's logs."""
+    return [json.loads(line) for line in (stage_folder / name).read_text().splitlines()]
+
+
 def environment(**extra: str) -> dict[str, str]:
     """Of a child process: this interpreter's commands first, one thread, no warnings."""
     paths = [str(Path(sys.executable).parent), os.environ["PATH"]]

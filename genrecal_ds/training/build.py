@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from genrecal_ds import dist
@@ -291,18 +292,25 @@ def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> R
 
 
 def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[Path], None]:
+    def write(folder: Path, student: dict[str, Any], recalibrator: dict[str, Any]) -> None:
+        write_student(engine.module.student.model, student, source, folder / "student")
+        if recalibrator:
+            facts = {"teacher": str(recipe.teacher.path), "depth": recipe.recalibrator.depth}
+            save_recalibrator(recalibrator, folder / "recalibrator", facts)
+
     def export(folder: Path) -> None:
         student_state = engine.full_state("student.model.")
         recalibrator_state = engine.full_state("recalibrator.")
         scale = engine.module.student.adapter_scale
         if scale is not None:
             student_state = merged(student_state, scale)
+        failure = None
         if dist.is_main():
-            write_student(engine.module.student.model, student_state, source, folder / "student")
-            if recalibrator_state:
-                facts = {"teacher": str(recipe.teacher.path), "depth": recipe.recalibrator.depth}
-                save_recalibrator(recalibrator_state, folder / "recalibrator", facts)
-        dist.barrier()
+            try:
+                write(folder, student_state, recalibrator_state)
+            except (OSError, SafetensorError) as error:  # a full disk, most likely
+                failure = f"{folder}: {error}; the last checkpoint is whole, start again from it"
+        dist.raise_together(failure)
 
     return export
 

@@ -1,26 +1,43 @@
 """Checkpoints that are complete or invisible, and verified before they are loaded.
 
 checkpoints/step-00000120.tmp/   being written; ignored, removed by the next save
-checkpoints/step-00000120/       complete: manifest.json with sha256 of every file
+checkpoints/step-00000120/       complete: manifest.json with size and sha256 of every file
 checkpoints/latest               the newest complete one, replaced atomically
+checkpoints/saves.jsonl          one line per save: step, seconds, bytes
+
+Every error of a rank is shared before anyone acts on it: the others would wait for it otherwise.
 """
 
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from genrecal_ds import dist
-from genrecal_ds.data.index import file_sha256
+from genrecal_ds.config import CheckpointConfig
 from genrecal_ds.errors import UserError
 from genrecal_ds.training.engine import StudentEngine
+from genrecal_ds.training.manifest import (
+    MANIFEST,
+    HashingFile,
+    defect,
+    read_manifest,
+    refuse_foreign,
+    sync_folder,
+    write_atomically,
+    write_manifest,
+)
 
-MANIFEST = "manifest.json"
+SAVES = "saves.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,35 +45,53 @@ class Checkpoints:
     """The checkpoints of one stage."""
 
     folder: Path
-    keep: int
+    config: CheckpointConfig
 
     def save(self, engine: StudentEngine, step: int, facts: dict[str, Any]) -> None:
-        """Write step's checkpoint; every rank calls it. facts: JSON, checked at resume."""
-        name = f"step-{step:08d}"
-        temporary = self.folder / f"{name}.tmp"
-        if dist.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        dist.barrier()
-        engine.save(self.folder, temporary.name, {"rng": _rng_state()})
-        dist.barrier()  # every rank's shards are on disk before anyone can see the checkpoint
-        if dist.is_main():
-            _write_manifest(temporary, {**facts, "step": step, "world_size": dist.world_size()})
-            final = self.folder / name
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            _write_atomically(self.folder / "latest", name)
-            self._remove_old()
-        dist.barrier()
+        """Write step's checkpoint; every rank calls it. facts: JSON, checked at resume.
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint. Raises UserError if the pointer names none."""
-        pointer = self.folder / "latest"
-        if not pointer.is_file():
-            return None
-        path = self.folder / pointer.read_text().strip()
-        if not (path / MANIFEST).is_file():
-            raise UserError(f"{pointer}: names {path.name}, which is not a complete checkpoint")
-        return path
+        Raises UserError on every rank when one cannot write; older checkpoints are as they were.
+        """
+        start = time.perf_counter()
+        final = self.folder / f"step-{step:08d}"
+        temporary = final.with_name(final.name + ".tmp")
+        dist.raise_together(self._on_main(self._make_room, temporary))
+        files = _Files()
+        engine.save(self.folder, temporary.name, files)
+        self._raise_if_failed(files.error, temporary)
+        written = {}
+        for of_rank in dist.gather_objects(files.written):
+            written |= of_rank
+        facts = {**facts, "step": step, "world_size": dist.world_size()}
+        dist.raise_together(self._on_main(self._publish, temporary, final, facts, written, start))
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint to go on from, its files verified; None to start at step 0.
+
+        auto: the newest whole one. latest: what the pointer names, or else an error. step-N: that
+        one. Raises UserError when a checkpoint was asked for, or written, and none is whole.
+        """
+        names, pointed, was_saved = dist.from_main(self._listing() if dist.is_main() else None)
+        if resume == "latest" or resume.startswith("step-"):
+            name = pointed if resume == "latest" else resume
+            if name not in names:
+                shown = ", ".join(names) or "none"
+                raise UserError(f"{self.folder}: no whole checkpoint {name}; there are: {shown}")
+            if found := verify(self.folder / name, self.config.trust):
+                raise UserError(f"{self.folder / name}: {found}; resume from another")
+            return self.folder / name
+        for name in reversed(names):
+            found = verify(self.folder / name, self.config.trust)
+            if found is None:
+                return self.folder / name
+            if dist.is_main():
+                print(f"{self.folder / name}: {found}; left out", file=sys.stderr, flush=True)
+        if names or was_saved:
+            raise UserError(
+                f"{self.folder}: checkpoints were written here and none is whole; restore one, "
+                "or set resume=never and another run_dir to begin again"
+            )
+        return None
 
     def load(
         self,
@@ -65,12 +100,12 @@ class Checkpoints:
         facts: dict[str, Any],
         may_differ: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """Restore a checkpoint of the same run and world size; returns its manifest.
+        """Restore a verified checkpoint of the same run, of any world size; returns its manifest.
 
         Raises UserError naming what differs: never a silent start from step 0.
         """
-        manifest = verify(path)
-        expected = {**facts, "world_size": dist.world_size()}
+        manifest = read_manifest(path)
+        expected = dict(facts)
         expected.pop("student", None)  # a path, for export; the run's folder may have been moved
         for key, value in expected.items():
             if manifest.get(key) != value and key not in may_differ:
@@ -80,33 +115,131 @@ class Checkpoints:
                     f"{value!r}; resume with the same, or set resume=never and another run_dir"
                     + (", or resume=new_data to begin an epoch of the new order" if data else "")
                 )
-        state = engine.load(self.folder, path.name)
-        _set_rng_state(state["rng"])
+        if manifest["world_size"] == dist.world_size():
+            engine.load(self.folder, path.name)
+            return manifest
+        universal = self.folder / f"{path.name}.universal.tmp"
+        dist.raise_together(self._on_main(_convert, path, universal))
+        engine.load(self.folder, universal.name, universal=True)
+        dist.barrier()
+        if dist.is_main():
+            shutil.rmtree(universal)
         return manifest
 
+    def _make_room(self, temporary: Path) -> None:
+        for left_over in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(left_over)
+        temporary.mkdir(parents=True)
+
+    def _raise_if_failed(self, error: str | None, temporary: Path) -> None:
+        messages = [text for text in dist.gather_objects(error) if text]
+        if not messages:
+            return
+        if dist.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{temporary}: {messages[0]}; mend it and start again: {self._last()}")
+
+    def _publish(
+        self,
+        temporary: Path,
+        final: Path,
+        facts: dict[str, Any],
+        files: dict[str, dict[str, Any]],
+        start: float,
+    ) -> None:
+        write_manifest(temporary, facts, files)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        sync_folder(self.folder)
+        write_atomically(self.folder / "latest", final.name)
+        sync_folder(self.folder)
+        size = sum(file["bytes"] for file in files.values())
+        line = {"step": facts["step"], "seconds": time.perf_counter() - start, "bytes": size}
+        with (self.folder / SAVES).open("a") as saves:
+            saves.write(json.dumps({**line, "time": time.time()}) + "\n")
+        print(f"{final}: saved, {size / 2**20:.1f} MiB in {line['seconds']:.2f} s", flush=True)
+        self._remove_old()
+
     def _remove_old(self) -> None:
-        complete = sorted(path.parent for path in self.folder.glob(f"step-*/{MANIFEST}"))
-        for path in complete[: -self.keep]:
-            shutil.rmtree(path)
+        names, _, _ = self._listing()
+        for name in names[: -self.config.keep]:
+            every = self.config.keep_every
+            if not (every and int(name.removeprefix("step-")) % every == 0):
+                shutil.rmtree(self.folder / name)
+
+    def _listing(self) -> tuple[list[str], str, bool]:
+        """Names of complete checkpoints, oldest first; what the pointer names; any save noted."""
+        names = sorted(
+            path.parent.name
+            for path in self.folder.glob(f"step-*/{MANIFEST}")
+            if not path.parent.name.endswith(".tmp")
+        )
+        pointer = self.folder / "latest"
+        pointed = pointer.read_text().strip() if pointer.is_file() else ""
+        return names, pointed, (self.folder / SAVES).is_file()
+
+    def _last(self) -> str:
+        names, _, _ = self._listing()
+        return f"the last checkpoint is {names[-1]}" if names else "there is no checkpoint yet"
+
+    def _on_main(self, call: Any, *arguments: Any) -> str | None:
+        """Run on the main rank; what went wrong, as a line for raise_together."""
+        if not dist.is_main():
+            return None
+        try:
+            call(*arguments)
+        except OSError as error:
+            return f"{self.folder}: {error}; mend it and start again: {self._last()}"
+        except subprocess.CalledProcessError as error:
+            return f"{self.folder}: {error.stderr.strip()[-500:]}"
+        return None
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have their recorded sha256.
+class _Files(TorchCheckpointEngine):
+    """How DeepSpeed writes files: onto the disk, with a digest; an error waits for all ranks."""
 
-    The main rank reads; the verdict is shared, so that all ranks raise the same UserError.
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[str, dict[str, Any]] = {}
+        self.error: str | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        os.makedirs(path, exist_ok=True)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self.error:
+            return
+        file = None
+        try:
+            file = HashingFile(Path(path))
+            torch.save(state_dict, file)
+            self.written[file.path.name] = file.close()
+        except (OSError, RuntimeError) as error:
+            cause = file.error if file and file.error else error
+            if not isinstance(cause, OSError):
+                raise  # a defect of ours
+            self.error = f"rank {dist.rank()}: {cause.strerror}"
+
+
+def verify(path: Path, is_trusted: bool = False) -> str | None:
+    """What is wrong with a checkpoint, or None. A collective: each rank reads its share of files.
+
+    Raises UserError, on every rank, for one that others may have written; see refuse_foreign.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
-    damaged: list[str] = []
-    if dist.is_main():
-        for name, digest in manifest["files"].items():
-            file = path / name
-            if not file.is_file() or file_sha256(file) != digest:
-                damaged.append(name)
-    count = dist.sum_over_ranks(torch.tensor(len(damaged), device=dist.device()))
-    if count:
-        shown = damaged[0] if damaged else "a file"
-        raise UserError(f"{path}: {shown} is missing or damaged; resume from an older checkpoint")
-    return manifest
+    refusal = None
+    if dist.is_main() and not is_trusted:
+        try:
+            refuse_foreign(path)
+        except (UserError, OSError) as error:
+            refusal = str(error)
+    dist.raise_together(refusal)
+    try:
+        manifest = read_manifest(path)
+        names = sorted(manifest["files"])[dist.rank() :: dist.world_size()]
+        found = defect(path, manifest["files"], names)
+    except UserError as error:
+        found = str(error)
+    return next(filter(None, dist.gather_objects(found)), None)
 
 
 def consolidate(path: Path) -> dict[str, Tensor]:
@@ -118,29 +251,15 @@ def consolidate(path: Path) -> dict[str, Tensor]:
     )
 
 
-def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-    _write_atomically(folder / MANIFEST, json.dumps({**facts, "files": hashes}, indent=2))
+def _convert(path: Path, universal: Path) -> None:
+    """DeepSpeed's universal form, which any number of ranks can read; by its own command."""
+    shutil.rmtree(universal, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(path), "--output_folder", str(universal)]
+    subprocess.run(command, check=True, capture_output=True, text=True, env=_without_ranks())
+    # It leaves a pointer beside its result; ours is `latest`.
+    (universal.parent / "latest_universal").unlink(missing_ok=True)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _rng_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _without_ranks() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}

@@ -31,11 +31,16 @@ from genrecal_ds.config import OptimizerConfig
 Module = TypeVar("Module", bound=nn.Module)
 DsConfig = dict[str, Any]
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# The watchdog ends a stalled run; the process group's own limit comes after it, and says less.
+AFTER_WATCHDOG = timedelta(minutes=2)
 
 
-def start() -> None:
-    """Join the process group: nccl on CUDA, gloo on the CPU. A single process needs no launcher."""
+def start(stall_seconds: float = 1800, dumps: Path | None = None) -> None:
+    """Join the process group: nccl on CUDA, gloo on the CPU. A single process needs no launcher.
+
+    stall_seconds: of the watchdog; 0 = a collective may wait for a day. dumps: where NCCL's flight
+    recorder writes what every rank's collectives were when one of them timed out.
+    """
     for key, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 29500)):
         os.environ.setdefault(key, str(value))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -43,9 +48,16 @@ def start() -> None:
         torch.cuda.set_device(dist.local_rank())
     # Its CPU all-reduce kernel is compiled at init, and fatal without a compiler; we never use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dumps is not None:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dumps / "nccl-rank"))
     if not torch_dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(backend, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+        limit = timedelta(seconds=stall_seconds) + AFTER_WATCHDOG
+        deepspeed.init_distributed(
+            backend, verbose=False, timeout=limit if stall_seconds else timedelta(days=1)
+        )
 
 
 def stop() -> None:
@@ -194,11 +206,22 @@ class StudentEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of one micro-batch's loss, already divided by the whole step's rows."""
-        self._engine.backward(loss * self._scale)
+        # A loss that is not finite must show in the gradient, from which all ranks judge the step.
+        is_finite = loss.detach() * 0 + 1  # 1, or NaN
+        self._engine.backward(loss * is_finite * self._scale)
 
     def step(self) -> None:
-        """After every backward; the update happens on the step's last micro-batch."""
+        """After every backward; the update happens on the step's last micro-batch.
+
+        Not where the global gradient norm is not finite: then all ranks leave weights and
+        optimizer state as they are, and is_applied is False.
+        """
         self._engine.step()
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the last update changed the weights; the same on every rank."""
+        return bool(self._engine.was_step_applied())
 
     @property
     def gradient_norm(self) -> float:
@@ -214,23 +237,29 @@ class StudentEngine:
         if self._engine.monitor.enabled and dist.is_main():
             self._engine.monitor.write_events([(k, v, samples) for k, v in values.items()])
 
-    def save(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Shards of trainable parameters and optimizer; every rank calls it."""
+    def save(self, folder: Path, tag: str, files: Any) -> None:
+        """Shards of trainable parameters and optimizer, written by `files`, a CheckpointEngine of
+        DeepSpeed's; every rank calls it."""
+        self._engine.checkpoint_engine = files
         self._engine.save_checkpoint(
-            str(folder), tag, client_state=state, save_latest=False, exclude_frozen_parameters=True
+            str(folder), tag, save_latest=False, exclude_frozen_parameters=True
         )
 
-    def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore what save wrote (same world size) and return its state.
+    def load(self, folder: Path, tag: str, universal: bool = False) -> None:
+        """Restore what save wrote: of this world size, or in DeepSpeed's universal form.
 
         Frozen parameters are not in it: they come from their own folders, loaded before.
         """
-        path, state = self._engine.load_checkpoint(
+        decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        self._engine._config.load_universal_checkpoint = universal
+        path, _ = self._engine.load_checkpoint(
             str(folder), tag, load_module_strict=False, load_lr_scheduler_states=False
         )
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
-        return state
+        # A universal load gives every group the first one's settings: norms and biases would decay.
+        for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:
         """Whole parameters and buffers under `prefix` on the main rank's CPU; {} elsewhere.

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from genrecal_ds.models.families import FAMILIES
 from genrecal_ds.models.vlm import component_of
-from tests.fixtures import ROOT, environment, partitioning_ds_configs, run_ranks, write_recipe
+from tests.fixtures import ROOT, environment, recipe_tree, run_ranks, write_recipe
 
 pytestmark = pytest.mark.dist
 
@@ -25,19 +25,6 @@ TRAINS = {
     "sft": {"projector", "embeddings", "layers", "norm", "head"},
     "pretrain": {"vision", "projector", "embeddings", "layers", "norm", "head"},
 }
-
-
-def recipe_tree(folder, pair, shards, student="student_init", **tree):
-    return dict(
-        run_dir=str(folder / "run"), precision="fp32", deterministic=True,
-        teacher={"path": str(pair / "teacher_init"), "max_length": 128},
-        student={"path": str(pair / student), "max_length": 128},
-        data={"train": str(shards / "train"), "validation": str(shards / "validation")},
-        batch={"global_batch": 8, "micro_batch": 2},
-        optimizer={"lr": 1e-3},
-        log={"validation_samples": 8},
-        deepspeed=partitioning_ds_configs(folder),
-    ) | tree  # fmt: skip
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -96,7 +83,7 @@ def test_resumed_run_equals_uninterrupted_bitwise(tmp_path, pair, shards):
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(bytes(data))
-    with pytest.raises(AssertionError, match="missing or damaged"):
+    with pytest.raises(AssertionError, match="is damaged"):
         run_ranks(ROOT / "launch/train.py", [recipe, f"run_dir={tmp_path}/damaged"])
 
     export = [sys.executable, "-m", "genrecal_ds.export"]

@@ -1,0 +1,108 @@
+"""A recipe's stages in order. Marker files say how it ended: exit codes do not survive launchers.
+
+RUN/DONE        every stage is finished
+RUN/STOPPED     it was asked to stop, and can go on; says why and where
+"""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from genrecal_ds import dist
+from genrecal_ds.config import Recipe, StageConfig
+from genrecal_ds.errors import UserError
+from genrecal_ds.training import stopping
+from genrecal_ds.training.build import Inputs, build_stage
+from genrecal_ds.training.manifest import write_atomically
+from genrecal_ds.training.trainer import Trainer
+
+DONE, STOPPED = "DONE", "STOPPED"
+
+
+def run_recipe(recipe: Recipe, inputs: Inputs, only: str | None = None) -> bool:
+    """Train the stages, or the one named; finished ones are skipped, engines freed in between.
+
+    False when it was asked to stop before the end.
+    """
+    if dist.is_main():
+        for name in (DONE, STOPPED, stopping.STOP_FILE):  # of an earlier start
+            (recipe.run_dir / name).unlink(missing_ok=True)
+    dist.barrier()
+    for stage in recipe.stages:
+        if only in (None, stage.name) and not run_stage(recipe, stage, inputs):
+            return False
+    if dist.is_main() and all((recipe.run_dir / s.name / DONE).is_file() for s in recipe.stages):
+        write_atomically(recipe.run_dir / DONE, json.dumps({"time": time.time()}) + "\n")
+    return True
+
+
+def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> bool:
+    """One stage, unless it is finished. False when it was asked to stop."""
+    lora = recipe.student.lora
+    facts = {
+        "stage": stage.name,
+        "stage_hash": stage_hash(recipe, stage),
+        "student": str(_source(recipe, recipe.student_source(stage), "student")),
+        "adapter_scale": lora.alpha / lora.rank if lora else None,
+    }
+    if _is_done(recipe.run_dir / stage.name, facts, recipe):
+        return True
+    recalibrator = recipe.recalibrator_source(stage)
+    parts = build_stage(
+        recipe,
+        stage,
+        inputs,
+        Path(facts["student"]),
+        _source(recipe, recalibrator, "recalibrator") if recalibrator else None,
+    )
+    trainer = Trainer(recipe, stage, parts, facts)
+    is_finished = trainer.run()
+    parts.close()
+    if trainer.stop_asked:
+        _mark_stopped(recipe, stage, trainer)
+    return is_finished and not trainer.stop_asked
+
+
+def _mark_stopped(recipe: Recipe, stage: StageConfig, trainer: Trainer) -> None:
+    why = next(filter(None, dist.gather_objects(stopping.reason(recipe.run_dir))), "a signal")
+    if dist.is_main():
+        place = {"stage": stage.name, "step": trainer.next_step, "why": why, "time": time.time()}
+        write_atomically(recipe.run_dir / STOPPED, json.dumps(place) + "\n")
+        where = f"{stage.name}: stopped by {why} after step {trainer.next_step}"
+        print(f"{where}; start it again to go on", flush=True)
+    dist.barrier()
+
+
+def stage_hash(recipe: Recipe, stage: StageConfig) -> str:
+    """Identifies what decides a stage's result; logging and paths of outputs do not."""
+    # Shards are known by their content (facts["data"]), not by their place.
+    outputs = {
+        "run_dir", "stages", "log", "checkpoint", "faults", "resume", "profile", "data",
+    }  # fmt: skip
+    tree = recipe.model_dump(mode="json", exclude=outputs) | {"too_long": recipe.data.too_long}
+    text = json.dumps([tree, stage.model_dump(mode="json", exclude={"data"})], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _source(recipe: Recipe, source: str, kind: str) -> Path:
+    """A folder named in the recipe, or `stage:NAME` as that stage's result of this kind."""
+    if source.startswith("stage:"):
+        return recipe.run_dir / source.removeprefix("stage:") / kind
+    return Path(source)
+
+
+def _is_done(folder: Path, facts: dict[str, Any], recipe: Recipe) -> bool:
+    """Raises UserError when the folder holds the result of another recipe."""
+    marker = folder / DONE
+    if recipe.resume == "never" or not marker.is_file():
+        return False
+    if json.loads(marker.read_text())["stage_hash"] != facts["stage_hash"]:
+        raise UserError(
+            f"{marker}: stage {facts['stage']} was finished with other settings; "
+            "name another run_dir, or remove the folder to train it again"
+        )
+    if dist.is_main():
+        print(f"{facts['stage']}: already finished ({folder})")
+    return True

@@ -1,0 +1,149 @@
+"""A stall becomes an error: a thread that sees no progress says who, where and why, and ends it.
+
+Every rank tells a common store how far it is. The rank that is least far holds up the others: one
+that is stopped or gone cannot say so itself. Ending the process is what frees the machines; a
+rank stuck in a collective answers to nothing else.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as torch_dist
+from torch import nn
+
+from genrecal_ds import dist
+from genrecal_ds.metrics import Clock
+
+EXIT_STALLED = 70
+STORE_SECONDS = 10  # the store's host may be the rank that is stopped
+
+
+class Watchdog:
+    """Watches the main thread's clock: every phase that begins is progress.
+
+    seconds: without progress, until this rank ends itself; 0 = never. modules: names -> modules
+    in which it may be found stuck.
+    """
+
+    def __init__(self, folder: Path, seconds: float, clock: Clock, modules: Mapping[str, Any]):
+        self.folder, self.seconds, self.clock, self.modules = folder, seconds, clock, modules
+        self.step = 0  # set by the trainer
+        self._main = threading.main_thread().ident
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds:
+            self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.set()
+        if self._thread:
+            self._thread.join(STORE_SECONDS)
+
+    def _watch(self) -> None:
+        store = _connect()
+        seen, since = self.clock.phases_begun, time.monotonic()
+        while not self._ending.wait(min(10.0, self.seconds / 4)):
+            if self.clock.phases_begun != seen:
+                seen, since = self.clock.phases_begun, time.monotonic()
+            if store is not None:
+                _quietly(lambda: store.set(f"{dist.rank()}", json.dumps(self._place())))
+            idle = time.monotonic() - since
+            if idle > self.seconds and not self._ending.is_set():
+                self._end(store, idle)
+
+    def _place(self) -> dict[str, Any]:
+        return {
+            "step": self.step + 1, "phase": self.clock.current, "count": self.clock.phases_begun,
+        }  # fmt: skip
+
+    def _end(self, store: torch_dist.Store | None, idle: float) -> None:
+        place = self._place()
+        module = self._stuck_module(sys._current_frames().get(self._main or 0))
+        where = f"step {place['step']}, phase {place['phase'] or '-'}"
+        where += f", module {module}" if module else ""
+        line = f"rank {dist.rank()}: no progress for {idle:.0f} s in {where}; {_last(store)}"
+        path = self.folder / f"stall-rank{dist.rank()}.txt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                file.write(line + "\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            line += f"; stacks: {path}"
+        finally:  # a full disk must not keep the run alive
+            print(line, file=sys.stderr, flush=True)
+            os._exit(EXIT_STALLED)
+
+    def _stuck_module(self, frame: FrameType | None) -> str | None:
+        """The innermost module whose method the main thread is in."""
+        names = {
+            id(module): ".".join(filter(None, (root, name)))
+            for root, tree in self.modules.items()
+            for name, module in tree.named_modules()
+        }
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in names:
+                return names[id(owner)]
+            frame = frame.f_back
+        return None
+
+
+def _connect() -> torch_dist.Store | None:
+    """A connection of our own to the store that the ranks met at; None for a single process."""
+    if not dist.is_initialized() or dist.world_size() == 1:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=STORE_SECONDS)
+    store = torch_dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    return torch_dist.PrefixStore("genrecal-watchdog", store)
+
+
+def _last(store: torch_dist.Store | None) -> str:
+    """Which rank is least far."""
+    if store is None:
+        return "it is the only rank"
+    places: dict[int, dict[str, Any]] = {}
+
+    def read() -> None:
+        for rank in range(dist.world_size()):
+            if store.check([f"{rank}"]):
+                places[rank] = json.loads(store.get(f"{rank}"))
+
+    if not _quietly(read):
+        return "the store does not answer: rank 0 is stopped or gone"
+    if not places:
+        return "no rank has said where it is"
+    rank = min(places, key=lambda rank: places[rank]["count"])
+    place = places[rank]
+    return f"least far: rank {rank} in step {place['step']}, phase {place['phase'] or '-'}"
+
+
+def _quietly(call: Any) -> bool:
+    """Run a call to the store that may never return. Whether it did, without an error."""
+    done: list[bool] = []
+
+    def attempt() -> None:
+        try:
+            call()
+            done.append(True)
+        except (RuntimeError, ValueError, OSError):
+            pass  # a store that is gone is what this exists for
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(STORE_SECONDS)
+    return bool(done)

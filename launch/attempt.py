@@ -1,0 +1,118 @@
+"""A start of a run: its folder of logs and facts, and how it ended.
+
+RUN/logs/attempt-001/    attempt.json (when, git hash, where, how far the run was), recipe.yaml as
+                         resolved, one log per host or job step
+
+python -m launch.attempt begin RECIPE [key=value ...]   makes it, prints its path
+python -m launch.attempt end   RECIPE [key=value ...]   prints done, stopped, failed or stuck
+python -m launch.attempt stages RECIPE [key=value ...]  prints the stages' names, in order
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genrecal_ds.config import Recipe, check_folders, load_recipe
+from genrecal_ds.errors import UserError
+from genrecal_ds.redact import redact_tree
+from launch.train import find_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_WITHOUT_PROGRESS = 3
+
+
+def begin(recipe: Recipe, **facts: Any) -> Path:
+    """Make the next attempt's folder. facts: of the launcher, JSON."""
+    logs = recipe.run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    folder = logs / f"attempt-{len(list(logs.glob('attempt-*'))) + 1:03d}"
+    folder.mkdir()
+    tree = redact_tree(recipe.model_dump(mode="json"))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    known = {
+        "time": time.time(),
+        "git": git_hash(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT"),
+        "progress": progress(recipe),
+    }
+    (folder / "attempt.json").write_text(json.dumps(redact_tree({**known, **facts}), indent=2))
+    return folder
+
+
+def git_hash() -> str | None:
+    """Of the code that runs, + where files differ from it; None outside of a repository."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except OSError:
+        return None
+    if found.returncode:
+        return None
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def progress(recipe: Recipe) -> dict[str, int]:
+    """Steps trained so far, by stage: the ledger's last line that is whole."""
+    steps = {}
+    for stage in recipe.stages:
+        path = recipe.run_dir / stage.name / "ledger.jsonl"
+        lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
+        steps[stage.name] = json.loads(lines[-1])["step"] if lines else 0
+    return steps
+
+
+def outcome(recipe: Recipe, stage: str | None = None) -> str:
+    """How the run stands by its markers: done, stopped (can go on) or failed."""
+    folder = recipe.run_dir / stage if stage else recipe.run_dir
+    if (folder / "DONE").is_file():
+        return "done"
+    return "stopped" if (recipe.run_dir / "STOPPED").is_file() else "failed"
+
+
+def is_stuck(recipe: Recipe) -> bool:
+    """Whether the last attempts all began where the run still is: another would do the same."""
+    found = sorted((recipe.run_dir / "logs").glob("attempt-*/attempt.json"))
+    if len(found) < MAX_WITHOUT_PROGRESS:
+        return False
+    now = progress(recipe)
+    return all(
+        json.loads(path.read_text())["progress"] == now for path in found[-MAX_WITHOUT_PROGRESS:]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.attempt", description=__doc__)
+    parser.add_argument("command", choices=("begin", "end", "stages"))
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--stage")
+    parser.add_argument("--trust-checkpoint", action="store_true")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
+        if arguments.command == "begin":
+            check_folders(recipe)
+            print(begin(recipe))
+            return 0
+        if arguments.command == "stages":
+            print(*(stage.name for stage in recipe.stages))
+            return 0
+        found = outcome(recipe, arguments.stage)
+        print("stuck" if found != "done" and is_stuck(recipe) else found)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
