@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-extras test-gpu models-table bench-cpu bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -33,6 +33,13 @@ test-extras: setup ## what needs torchvision or torchao, beside the CPU's torch 
 	[ $$code -ne 3 ] || exit 0; [ $$code -eq 0 ] || exit $$code; \
 	PYTHONPATH="$(CURDIR)/.venv/extras" $(IN_VENV) .venv/bin/python -m pytest -q \
 		-p tests.torchvision_shim -k '$(EXTRAS)' $(MODEL_TESTS)
+
+test-cluster: setup ## two hosts, SLURM, killed ranks, full disks; root on Debian: installs by apt
+	tests/cluster/install.sh
+	$(IN_VENV) .venv/bin/python -m pytest -q -m cluster
+
+chaos: setup ## kill a random rank at a random time, N=20 runs, and compare the results
+	$(IN_VENV) .venv/bin/python -m tests.cluster.chaos --runs $(or $(N),20) --seed $(or $(SEED),0)
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
 	$(CHOSEN_PYTHON) -m pytest -m gpu

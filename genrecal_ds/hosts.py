@@ -26,7 +26,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
         raise UserError(f"--hostfile {path}: larger than {MAX_BYTES} bytes; it lists hosts?")
     hosts: dict[str, int] = {}
     # Lines end with \n only: a lone \r, or a form feed, would hide what follows it from a reader.
-    for number, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
+    lines = path.read_bytes().decode(errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
         line = line.removesuffix("\r").split("#")[0].strip(" \t")
         if not line:
             continue

@@ -13,6 +13,7 @@ from pathlib import Path
 from genrecal_ds.config import check_folders, load_recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.hosts import read_hostfile
+from genrecal_ds.redact import redact_output
 from launch.attempt import begin, outcome
 from launch.hosts import LOCAL_HOSTS, run_over
 from launch.train import find_recipe
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage", help="train this one only")
     parser.add_argument("--trust-checkpoint", action="store_true")
     arguments = parser.parse_intermixed_args(argv)
+    redact_output()
     try:
         return start(arguments)
     except UserError as error:

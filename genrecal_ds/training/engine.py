@@ -257,9 +257,12 @@ class StudentEngine:
         )
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
-        # A universal load gives every group the first one's settings: norms and biases would decay.
+        # A universal load gives every group the first one's settings, so norms and biases would
+        # decay, and all of them one tensor as their count of steps, which each would raise.
         for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
+        for moments in self._optimizer.optimizer.state.values():
+            moments["step"] = torch.as_tensor(moments["step"]).clone()
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:
         """Whole parameters and buffers under `prefix` on the main rank's CPU; {} elsewhere.

@@ -1,5 +1,6 @@
 """What a person sees while a stage trains: a live bar, memory, and a profiler on request."""
 
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Progress:
     def update(self, step: int, record: dict[str, Any]) -> None:
         metrics, rates = record["metrics"], record["tokens_per_second"]
         terms = "  ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
-        terms += f"  lr {record['lr']:.1e}  |g| {record['gradient_norm']:.2f}"
+        terms += f"  lr {record['lr']:.1e}  |g| {record.get('gradient_norm', math.nan):.2f}"
         speed = "  ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
         text = f"{terms}  tok/s: {speed}  {record['peak_memory_gib']:.2f} GiB"
         self._bar.update(self._task, completed=step, terms=text)

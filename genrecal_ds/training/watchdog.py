@@ -23,6 +23,8 @@ from torch import nn
 from genrecal_ds import dist
 from genrecal_ds.metrics import Clock
 
+Place = dict[str, Any]  # step, phase, count of phases begun
+
 EXIT_STALLED = 70
 STORE_SECONDS = 10  # the store's host may be the rank that is stopped
 
@@ -53,30 +55,31 @@ class Watchdog:
             self._thread.join(STORE_SECONDS)
 
     def _watch(self) -> None:
-        store = _connect()
+        board = _Board.join()
         seen, since = self.clock.phases_begun, time.monotonic()
-        while not self._ending.wait(min(10.0, self.seconds / 4)):
+        interval = min(10.0, self.seconds / 4)
+        board.post(self._place())
+        while not self._ending.wait(interval):
             if self.clock.phases_begun != seen:
                 seen, since = self.clock.phases_begun, time.monotonic()
-            if store is not None:
-                _quietly(lambda: store.set(f"{dist.rank()}", json.dumps(self._place())))
+            board.post(self._place())
             idle = time.monotonic() - since
             if idle > self.seconds and not self._ending.is_set():
-                self._end(store, idle)
+                self._end(board, idle, interval)
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> Place:
         return {
             "step": self.step + 1, "phase": self.clock.current, "count": self.clock.phases_begun,
         }  # fmt: skip
 
-    def _end(self, store: torch_dist.Store | None, idle: float) -> None:
+    def _end(self, board: "_Board", idle: float, interval: float) -> None:
         place = self._place()
         module = self._stuck_module(sys._current_frames().get(self._main or 0))
-        where = f"step {place['step']}, phase {place['phase'] or '-'}"
-        where += f", module {module}" if module else ""
-        line = f"rank {dist.rank()}: no progress for {idle:.0f} s in {where}; {_last(store)}"
+        where = _described(place) + (f", module {module}" if module else "")
+        line = f"rank {dist.rank()}: no progress for {idle:.0f} s in {where}"
         path = self.folder / f"stall-rank{dist.rank()}.txt"
         try:
+            line += "; " + board.who_is_behind(place, interval)
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
                 file.write(line + "\n\n")
@@ -102,34 +105,66 @@ class Watchdog:
         return None
 
 
-def _connect() -> torch_dist.Store | None:
-    """A connection of our own to the store that the ranks met at; None for a single process."""
-    if not dist.is_initialized() or dist.world_size() == 1:
-        return None
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    timeout = timedelta(seconds=STORE_SECONDS)
-    store = torch_dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    return torch_dist.PrefixStore("genrecal-watchdog", store)
+class _Board:
+    """Where the ranks write how far they are: the store that they met at."""
+
+    def __init__(self, store: torch_dist.Store | None):
+        self._store = store
+        self._posts = 0
+
+    @classmethod
+    def join(cls) -> "_Board":
+        """By a connection of its own: the process group's is not for several threads."""
+        if not dist.is_initialized() or dist.world_size() == 1:
+            return cls(None)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=STORE_SECONDS)
+        store = torch_dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        return cls(torch_dist.PrefixStore("genrecal-watchdog", store))
+
+    def post(self, place: Place) -> None:
+        if self._store is None:
+            return
+        self._posts += 1
+        text = json.dumps({**place, "posts": self._posts})
+        store = self._store
+        _quietly(lambda: store.set(f"{dist.rank()}", text))
+
+    def who_is_behind(self, place: Place, interval: float) -> str:
+        """A rank that has fallen silent, or else the one that is least far; a line."""
+        if self._store is None:
+            return "it is the only rank"
+        gone = "the store does not answer: rank 0 is stopped or gone"
+        before = self._read()
+        if before is None:
+            return gone
+        for _ in range(6):  # the others ask the same now, and must not find us silent
+            self.post(place)
+            time.sleep(interval / 3)
+        after = self._read()
+        if after is None:
+            return gone
+        silent = [rank for rank, found in after.items() if found == before.get(rank)]
+        if silent:
+            word = "rank " + ", ".join(map(str, silent[:8])) + " is stopped or gone, last seen in "
+            return word + _described(after[silent[0]])
+        behind = min(after, key=lambda rank: after[rank]["count"])
+        return f"least far: rank {behind} in {_described(after[behind])}"
+
+    def _read(self) -> dict[int, Place] | None:
+        store, places = self._store, {}
+        assert store is not None
+
+        def read() -> None:
+            for rank in range(dist.world_size()):
+                if store.check([f"{rank}"]):
+                    places[rank] = json.loads(store.get(f"{rank}"))
+
+        return places if _quietly(read) else None
 
 
-def _last(store: torch_dist.Store | None) -> str:
-    """Which rank is least far."""
-    if store is None:
-        return "it is the only rank"
-    places: dict[int, dict[str, Any]] = {}
-
-    def read() -> None:
-        for rank in range(dist.world_size()):
-            if store.check([f"{rank}"]):
-                places[rank] = json.loads(store.get(f"{rank}"))
-
-    if not _quietly(read):
-        return "the store does not answer: rank 0 is stopped or gone"
-    if not places:
-        return "no rank has said where it is"
-    rank = min(places, key=lambda rank: places[rank]["count"])
-    place = places[rank]
-    return f"least far: rank {rank} in step {place['step']}, phase {place['phase'] or '-'}"
+def _described(place: Place) -> str:
+    return f"step {place['step']}, phase {place['phase'] or '-'}"
 
 
 def _quietly(call: Any) -> bool:

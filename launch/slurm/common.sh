@@ -9,6 +9,7 @@ fail() {
     exit 2
 }
 
+here=$PWD # where the user called
 cd "${GENRECAL_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}"
 [ -f launch/slurm/common.sh ] || fail "call sbatch in the project's folder, or set GENRECAL_ROOT"
 python=${GENRECAL_PYTHON:-python3}

@@ -3,7 +3,7 @@
 # apt starts no daemon here; the tests start their own, on loopback or in namespaces of their own.
 set -euo pipefail
 missing=0
-for command in sshd slurmctld slurmd munged ip unshare; do
+for command in sshd pdsh slurmctld slurmd munged ip unshare; do
     command -v "$command" >/dev/null || [ -x "/usr/sbin/$command" ] || missing=1
 done
 [ "$missing" = 1 ] || exit 0
@@ -17,4 +17,4 @@ if [ ! -e "$policy" ]; then
 fi
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends \
-    openssh-server openssh-client slurm-wlm munge iproute2 util-linux >/dev/null
+    openssh-server openssh-client pdsh slurm-wlm munge iproute2 util-linux >/dev/null

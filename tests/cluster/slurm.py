@@ -105,7 +105,7 @@ class Slurm:
         return shown.split(f" {name}=")[1].split()[0] if f" {name}=" in shown else ""
 
     def wait(self, job: str, seconds: float = 240) -> str:
-        """Its state when it has ended. A requeued job, held back for two minutes, starts at once."""
+        """Its state when it has ended. A requeued job, held for two minutes, starts at once."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             state = self.fact(job, "JobState")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import Slurm
-from tests.fixtures import ROOT, environment, records, recipe_tree, write_recipe
+from tests.fixtures import ROOT, environment, recipe_tree, records, write_recipe
 
 pytestmark = pytest.mark.cluster
 

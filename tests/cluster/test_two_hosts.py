@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.two_hosts import TwoHosts
-from tests.fixtures import ROOT, environment, records, recipe_tree, run_ranks, write_recipe
+from tests.cluster.two_hosts import ADDRESSES, DEVICE, TwoHosts
+from tests.fixtures import ROOT, environment, recipe_tree, records, run_ranks, write_recipe
 
 pytestmark = pytest.mark.cluster
 
@@ -46,7 +46,7 @@ def finish(process: subprocess.Popen, seconds: int = 150) -> str:
 
 @pytest.mark.parametrize(("form", "slots"), [("launch", 1), ("card", 2)])
 def test_losses_equal_those_of_one_host(lab, tmp_path, recipe, form, slots):
-    """1+1 ranks by python -m launch, 2+2 by the card's form; a hostile .deepspeed_env lies about."""
+    """1+1 ranks by python -m launch, 2+2 by the card's form; beside a hostile .deepspeed_env."""
     marker = tmp_path / "marker"
     (tmp_path / ".deepspeed_env").write_text(f"PYTHONX=$(touch {marker})\n")
     hosts = ["--hostfile", str(lab.hostfile(slots))]
@@ -113,3 +113,18 @@ def test_a_signal_to_the_launcher_stops_all_hosts_with_a_checkpoint(lab, tmp_pat
     assert output.strip().splitlines()[-1].startswith("stopped: ")
     assert (tmp_path / "run/STOPPED").is_file()
     assert list((tmp_path / "run/distill/checkpoints").glob("step-*/manifest.json"))
+
+
+def test_deepspeeds_own_hostfile_form(lab, tmp_path, recipe):
+    """DeepSpeed reads the hostfile itself, goes over pdsh and needs its .deepspeed_env."""
+    lines = [f"GLOO_SOCKET_IFNAME={DEVICE}", "DS_ACCELERATOR=cpu", "OMP_NUM_THREADS=1"]
+    lines.append(f"PATH={environment()['PATH']}")
+    (tmp_path / ".deepspeed_env").write_text("".join(line + "\n" for line in lines))
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile"]
+    deepspeed += [str(lab.hostfile(1)), "--master_addr", ADDRESSES[0]]
+    command = [*deepspeed, str(ROOT / "launch/train.py"), str(recipe)]
+    process = lab.start([*command, "stages.distill.steps=2"], environment(), tmp_path)
+    output = finish(process)
+    assert process.returncode == 0, output[-4000:]
+    assert (tmp_path / "run/DONE").is_file()
+    assert records(tmp_path / "run/distill")[0]["world_size"] == 2

@@ -194,3 +194,33 @@ def test_adapters_resume_bitwise_and_leave_a_plain_student(tmp_path, pair, shard
     name = next(name for name in changed if "q_proj.weight" in name)
     assert not torch.equal(middle[name], before[name])
     assert not torch.equal(middle[name], after[name])
+
+
+def test_secrets_are_in_no_file_of_a_run(tmp_path, pair, shards):
+    """In the recipe, the environment and an error; grep over the whole run folder and output."""
+    token, password = "hf_" + "Zz9" * 10, "hunter2secret"
+    marker = tmp_path / "marker"
+    tree = recipe_tree(
+        tmp_path, pair, shards, stages=[{"kind": "sft", "steps": 2}], checkpoint={"every": 1}
+    )
+    # A folder whose name holds what a shell, or a reader of a log, must not take for their own.
+    hostile = tmp_path / f"run $(touch {marker.name}) {token}"
+    tree["data"]["remote"] = ["s3"]
+    tree["data"]["cache"] = {"dir": f"{tmp_path}/s3://bob:{password}@store"}
+    tree["log"]["wandb"] = None
+    recipe = write_recipe(tmp_path / "r.yaml", **tree)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", recipe, "--hostfile", hosts, f"run_dir={hostile}"],
+        env=environment(DS_ACCELERATOR="cpu", HF_TOKEN=token, WANDB_API_KEY=password),
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    files = [path for path in hostile.rglob("*") if path.is_file()]
+    assert len(files) > 15 and (hostile / "DONE").is_file()
+    for secret in (token, password):
+        found = [path.name for path in files if secret.encode() in path.read_bytes()]
+        assert found == [], (secret, found)
+        assert secret not in done.stdout
+    assert not marker.exists() and not (ROOT / marker.name).exists()

@@ -3,7 +3,7 @@
 import pytest
 
 from genrecal_ds.errors import UserError
-from launch.hosts import read_hostfile
+from genrecal_ds.hosts import read_hostfile
 
 pytestmark = pytest.mark.unit
 
@@ -26,6 +26,15 @@ def test_comments_blank_lines_and_crlf(tmp_path):
         ("a", ":1:"),
         ("a slots=1\na slots=2", ":2: host a appears twice"),
         ("# nothing", "0 hosts"),
+        ("a slots=1\x0cb slots=1", ":1:"),
+        ("a slots=1\rb slots=1", ":1:"),
+        ("a\u2028slots=1", ":1:"),
+        ("a slots=1\x00", ":1:"),
+        ("a slots=\u0661", ":1:"),
+        ("a..;reboot slots=1", ":1:"),
+        ("a slots=1 --launcher_args=x", ":1:"),
+        ("".join(f"h{i} slots=1\n" for i in range(5000)), "5000 hosts"),
+        ("#" * (2 << 20), "larger than"),
     ],
 )
 def test_bad_lines_are_refused(tmp_path, text, message):
