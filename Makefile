@@ -8,7 +8,7 @@ SHELL := /bin/bash
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 CHOSEN_PYTHON := $(or $(PYTHON),python3)
-EXTRAS := mistral3 or llava_pixtral or lfm2_vl or phi4_multimodal or 8_bits
+EXTRAS := molmo2 or mistral3 or llava_pixtral or lfm2_vl or phi4_multimodal or 8_bits
 MODEL_TESTS := tests/unit/models
 TESTS := not gpu and not cluster$(if $(SLOW),, and not slow)
 

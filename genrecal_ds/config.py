@@ -34,7 +34,9 @@ class RemoteCode(Section):
 
     files: dict[str, str]  # every .py of the folder: its sha256
     components: dict[str, Component]
-    vision_inputs: dict[str, Literal["rows", "tokens", "tiles", "canvas", "columns"]] = {}
+    vision_inputs: dict[
+        str, Literal["rows", "tokens", "tiles", "canvas", "columns", "patches"]
+    ] = {}
 
 
 class ModelSource(Section):

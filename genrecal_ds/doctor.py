@@ -216,21 +216,13 @@ def _starts(case: Case, stage: StageConfig) -> None:
     from genrecal_ds.models.loading import Checkpoint, find_sources
     from genrecal_ds.models.recalibrator import check_recalibrator
     from genrecal_ds.models.vlm import skeleton
-    from genrecal_ds.training.build import unfilled_recalibrator
+    from genrecal_ds.training.build import refuse_other_architecture, unfilled_recalibrator
 
     key = f"stages.{stage.name}"
     if stage.student and not stage.student.startswith("stage:"):
         with case.report.attempt(f"{key}.student", ONE_RELEASE):
-            student, own = skeleton(stage.student), skeleton(case.recipe.student.path)
-            find_sources(student.model, Checkpoint(stage.student))
-            shapes, own_shapes = (
-                {name: p.shape for name, p in vlm.named_parameters()} for vlm in (student, own)
-            )
-            if shapes != own_shapes:
-                raise UserError(
-                    f"{stage.student} is of another architecture than student.path, whose tokens "
-                    "it would be taught; name a result of this student"
-                )
+            refuse_other_architecture(stage.student, case.recipe.student.path)
+            find_sources(skeleton(stage.student).model, Checkpoint(stage.student))
     folder = stage.recalibrator if stage.needs_teacher else None
     if folder and not folder.startswith("stage:"):
         with case.report.attempt(f"{key}.recalibrator", "name a stage's result"):

@@ -175,24 +175,38 @@ def _pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
         attention_mask[b, :length] = 1
         for key, values in view.per_token.items():
             per_token[key][b, :length] = values
-    vision = {}
-    for key, rule in rules.items():
-        tensors = [view.vision[key] for view in views if key in view.vision]
-        if tensors:
-            vision[key] = join(tensors, rule)
+    vision = collate_vision([view.vision for view in views], rules)
     real_P = attention_mask.flatten().nonzero().squeeze(-1)
     return SideBatch(input_ids, attention_mask, {**per_token, **vision}, real_P)
 
 
-PADDED_DIMS = {"rows": (), "columns": (), "tiles": (1,), "canvas": (2, 3)}  # of each collate rule
+# The dims that a collate rule pads with zeros.
+PADDED_DIMS = {"rows": (), "columns": (), "patches": (), "tiles": (1,), "canvas": (2, 3)}
 
 
-def join(tensors: list[Tensor], rule: str) -> Tensor:
-    """Vision inputs of several samples as one; the rule's dims padded with zeros."""
-    for dim in PADDED_DIMS[rule]:
-        most = max(tensor.shape[dim] for tensor in tensors)
-        tensors = [_grown(tensor, dim, most) for tensor in tensors]
-    return torch.cat(tensors, -1 if rule == "columns" else 0)
+def collate_vision(samples: list[dict[str, Tensor]], rules: dict[str, str]) -> dict[str, Tensor]:
+    """Vision inputs of several samples as one batch's; see models/families.py for the rules."""
+    joined = {}
+    for key, rule in rules.items():
+        tensors = [sample[key] for sample in samples if key in sample]
+        if not tensors:
+            continue
+        if rule == "patches":
+            tensors = _counted_on(tensors, [s["pixel_values"] for s in samples if key in s])
+        for dim in PADDED_DIMS[rule]:
+            most = max(tensor.shape[dim] for tensor in tensors)
+            tensors = [_grown(tensor, dim, most) for tensor in tensors]
+        joined[key] = torch.cat(tensors, -1 if rule == "columns" else 0)
+    return joined
+
+
+def _counted_on(numbers: list[Tensor], pixels: list[Tensor]) -> list[Tensor]:
+    """Numbers of each sample's own patches, as numbers among those of all samples before it too."""
+    moved, first = [], 0
+    for own, patches in zip(numbers, pixels, strict=True):
+        moved.append(torch.where(own < 0, own, own + first))
+        first += patches.shape[0] * patches.shape[1]
+    return moved
 
 
 def _grown(tensor: Tensor, dim: int, size: int) -> Tensor:

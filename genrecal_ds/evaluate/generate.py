@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from genrecal_ds.data.batch import join
+from genrecal_ds.data.batch import collate_vision
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.vlm import plain_model
@@ -66,8 +66,4 @@ def left_pad(prompts: Sequence[dict[str, Tensor]], encoder: ChatEncoder) -> dict
             row = prompt[key] if key in prompt else torch.ones_like(prompt["input_ids"])
             rows.append(torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=fill))
         batch[key] = torch.cat(rows)
-    for key, rule in encoder.vision_rules.items():
-        tensors = [prompt[key] for prompt in prompts if key in prompt]
-        if tensors:
-            batch[key] = join(tensors, rule)
-    return batch
+    return batch | collate_vision(prompts, encoder.vision_rules)

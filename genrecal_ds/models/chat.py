@@ -45,7 +45,13 @@ class ChatEncoder:
         self.template = self.processor.chat_template or self.tokenizer.chat_template
         if not self.template:
             raise UserError(f"{folder}: no chat template; add chat_template.jinja to the folder")
-        check_embedding(self.folder, self.tokenizer, config.get_text_config().vocab_size)
+        self.leading = ""  # what the processor would put in front, and shift every offset by
+        if family.writes_bos:
+            self.leading = self.tokenizer.bos_token or self.tokenizer.eos_token
+        text = config.get_text_config()
+        # Molmo2 embeds the tokens of its pictures behind those that its head knows.
+        num_rows = text.vocab_size + getattr(text, "additional_vocab_size", 0)
+        check_embedding(self.folder, self.tokenizer, num_rows)
         self.slow_offsets = None if self.tokenizer.is_fast else SlowOffsets(self.tokenizer)
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         visual = getattr(config, "vision_config", None)
@@ -133,7 +139,8 @@ class ChatEncoder:
                 [messages], chat_template=self.template, return_assistant_tokens_mask=True,
                 **self._special_tokens,
             )  # fmt: skip
-            text, starts = texts[0], [start for start, _ in blocks[0]]
+            text = self._led(texts[0])
+            starts = [start + len(text) - len(texts[0]) for start, _ in blocks[0]]
         else:
             text, starts = self._template_text(messages), []
             for position, message in enumerate(messages):
@@ -160,7 +167,10 @@ class ChatEncoder:
             [messages], chat_template=self.template, add_generation_prompt=add_generation_prompt,
             **self._special_tokens,
         )  # fmt: skip
-        return texts[0]
+        return self._led(texts[0])
+
+    def _led(self, text: str) -> str:
+        return text if text.startswith(self.leading) else self.leading + text
 
     @property
     def _special_tokens(self) -> dict[str, str]:

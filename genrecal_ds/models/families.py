@@ -7,12 +7,14 @@
   tiles   [n, tiles, ...]: pad dim 1 with zeros to the batch's largest, then concatenate
   canvas  [n, channels, height, width]: pad height and width likewise
   columns concatenate along the last dim
+  patches numbers of patches of pixel_values [crops, patches, ..]: counted on from sample to
+          sample, then as rows; negative ones stand for none and stay
 """
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-CollateRule = Literal["rows", "tokens", "tiles", "canvas", "columns"]
+CollateRule = Literal["rows", "tokens", "tiles", "canvas", "columns", "patches"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Family:
     # Such a processor writes text around pictures by itself; ours expands placeholders alone.
     prefix_lm: bool = False
     template: str | None = None  # for folders without one
+    writes_bos: bool = False  # its processor puts bos in front of a text that has none
     needs_torchvision: bool = False  # its pixels, or its processor, come from torchvision alone
 
 
@@ -106,6 +109,16 @@ FAMILIES: dict[str, Family] = {
         norm_adds_one=True,
     ),
     "mistral3": Family(_LLAVA, _ANY_SIZE, needs_torchvision=True),
+    "molmo2": Family(
+        _seeing("vision_tower", ("multi_modal_projector",), "language_model"),
+        {
+            **_PIXELS, "image_token_pooling": "patches", "image_grids": "rows",
+            "image_num_crops": "rows", "mm_token_type_ids": "tokens",
+        },
+        packs=False,  # the tokens of all pictures see each other, across samples too
+        writes_bos=True,
+        needs_torchvision=True,
+    ),
     "ovis2": Family(
         _seeing("vision_tower", ("vision_tower.head_linear", "vision_tower.head_norm",
                                  "visual_embeddings_table"), "language_model"),

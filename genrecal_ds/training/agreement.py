@@ -15,7 +15,8 @@ from genrecal_ds import dist
 from genrecal_ds.data.batch import PairBatch, SideBatch
 from genrecal_ds.data.plan import PADDING
 
-# A rank's sum and the sum of squares of up to 4096 ranks must be exact in float64 (53 bits).
+# Up to 4096 ranks a sum of squares is exact in float64, and one code that differs changes the
+# comparison below by more than its rounding.
 _SCHEDULE_BITS = 20
 
 

@@ -21,6 +21,7 @@ from genrecal_ds.data.lengths import Lengths
 from genrecal_ds.data.loader import PairDataset, PairEncoders
 from genrecal_ds.data.plan import Order, StepPlan
 from genrecal_ds.data.store import ShardStore
+from genrecal_ds.errors import UserError
 from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.attention import check_backend
@@ -158,6 +159,7 @@ def build_stage(
     if data.validation:
         validation = PairDataset(inputs.indices[data.validation], encoders, with_regular)
 
+    refuse_other_architecture(student_folder, recipe.student.path)
     student = load_student(student_folder, recipe)
     freeze(student, stage)
     objective = _objective(recipe, stage, student, recalibrator_folder, clock)
@@ -204,6 +206,19 @@ def _check_logits(vlm: VLM, encoder: ChatEncoder) -> None:
         [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns], []
     )
     vlm.check(chat.input_ids_T[None].to(dist.device()))
+
+
+def refuse_other_architecture(folder: str | Path, own: Path) -> None:
+    """A stage's student is read by the recipe's tokenizer and processor. Raises UserError."""
+    shapes, own_shapes = (
+        {name: parameter.shape for name, parameter in skeleton(path).named_parameters()}
+        for path in (folder, own)
+    )
+    if shapes != own_shapes:
+        raise UserError(
+            f"{folder} is of another architecture than student.path, whose tokens it would be "
+            "taught; name a result of this student"
+        )
 
 
 def load_student(folder: Path, recipe: Recipe) -> VLM:

@@ -4,6 +4,7 @@ checkpoints/step-00000120.tmp/   being written; ignored, removed by the next sav
 checkpoints/step-00000120/       complete: manifest.json with size and sha256 of every file
 checkpoints/latest               the newest complete one, replaced atomically
 checkpoints/saves.jsonl          one line per save: step, seconds, bytes
+checkpoints/abandoned-step-...   newer than what a run went on from: damaged, or not wanted
 
 Every error of a rank is shared before anyone acts on it: the others would wait for it otherwise.
 """
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,22 @@ class Checkpoints:
                 "or set resume=never and another run_dir to begin again"
             )
         return None
+
+    def set_aside(self, newer_than: Path | None) -> None:
+        """Rename what a run that goes on from `newer_than` leaves behind; it is not resumed from.
+
+        Otherwise a later start would go on with them, in the middle of another history.
+        """
+
+        def rename() -> None:
+            for name in self._listing()[0]:
+                if newer_than is None or name > newer_than.name:
+                    aside = self.folder / f"abandoned-{name}"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self.folder / name).rename(aside)
+                    print(f"{self.folder / name}: set aside as {aside.name}", file=sys.stderr)
+
+        dist.raise_together(self._on_main(rename))
 
     def load(
         self,
@@ -182,7 +200,7 @@ class Checkpoints:
         names, _, _ = self._listing()
         return f"the last checkpoint is {names[-1]}" if names else "there is no checkpoint yet"
 
-    def _on_main(self, call: Any, *arguments: Any) -> str | None:
+    def _on_main(self, call: Callable[..., None], *arguments: Any) -> str | None:
         """Run on the main rank; what went wrong, as a line for raise_together."""
         if not dist.is_main():
             return None

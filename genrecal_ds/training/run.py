@@ -8,7 +8,6 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
@@ -30,16 +29,21 @@ def run_recipe(recipe: Recipe, inputs: Inputs, only: str | None = None) -> bool:
         for name in (DONE, STOPPED, stopping.STOP_FILE):  # of an earlier start
             (recipe.run_dir / name).unlink(missing_ok=True)
     dist.barrier()
+    resume = recipe.resume
     for stage in recipe.stages:
-        if only in (None, stage.name) and not run_stage(recipe, stage, inputs):
+        if only not in (None, stage.name) or _is_done(recipe, stage):
+            continue
+        if not run_stage(recipe, stage, inputs, resume):
             return False
+        if resume not in ("never", "new_data"):
+            resume = "auto"  # a checkpoint that was named is of the first unfinished stage
     if dist.is_main() and all((recipe.run_dir / s.name / DONE).is_file() for s in recipe.stages):
         write_atomically(recipe.run_dir / DONE, json.dumps({"time": time.time()}) + "\n")
     return True
 
 
-def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> bool:
-    """One stage, unless it is finished. False when it was asked to stop."""
+def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs, resume: str) -> bool:
+    """One stage. False when it was asked to stop."""
     lora = recipe.student.lora
     facts = {
         "stage": stage.name,
@@ -47,8 +51,6 @@ def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> bool:
         "student": str(_source(recipe, recipe.student_source(stage), "student")),
         "adapter_scale": lora.alpha / lora.rank if lora else None,
     }
-    if _is_done(recipe.run_dir / stage.name, facts, recipe):
-        return True
     recalibrator = recipe.recalibrator_source(stage)
     parts = build_stage(
         recipe,
@@ -58,7 +60,7 @@ def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> bool:
         _source(recipe, recalibrator, "recalibrator") if recalibrator else None,
     )
     trainer = Trainer(recipe, stage, parts, facts)
-    is_finished = trainer.run()
+    is_finished = trainer.run(resume)
     parts.close()
     if trainer.stop_asked:
         _mark_stopped(recipe, stage, trainer)
@@ -93,16 +95,17 @@ def _source(recipe: Recipe, source: str, kind: str) -> Path:
     return Path(source)
 
 
-def _is_done(folder: Path, facts: dict[str, Any], recipe: Recipe) -> bool:
+def _is_done(recipe: Recipe, stage: StageConfig) -> bool:
     """Raises UserError when the folder holds the result of another recipe."""
+    folder = recipe.run_dir / stage.name
     marker = folder / DONE
     if recipe.resume == "never" or not marker.is_file():
         return False
-    if json.loads(marker.read_text())["stage_hash"] != facts["stage_hash"]:
+    if json.loads(marker.read_text())["stage_hash"] != stage_hash(recipe, stage):
         raise UserError(
-            f"{marker}: stage {facts['stage']} was finished with other settings; "
+            f"{marker}: stage {stage.name} was finished with other settings; "
             "name another run_dir, or remove the folder to train it again"
         )
     if dist.is_main():
-        print(f"{facts['stage']}: already finished ({folder})")
+        print(f"{stage.name}: already finished ({folder})")
     return True

@@ -62,10 +62,13 @@ class Trainer:
         seconds = recipe.faults.stall_seconds
         self.watchdog = Watchdog(self.folder / "faults", seconds, parts.clock, modules)
 
-    def run(self) -> bool:
-        """Train to the end and write the stage's result; False when asked to stop before."""
+    def run(self, resume: str = "auto") -> bool:
+        """Train to the end and write the stage's result; False when asked to stop before.
+
+        resume: as the recipe's key.
+        """
         self._record_start()
-        self.next_step = first_step = self._resume()
+        self.next_step = first_step = self._resume(resume)
         for log in (self.log, self.ledger):
             log.keep_steps_before(first_step + 1)
         batches = self._micro_batches(
@@ -247,9 +250,9 @@ class Trainer:
                 facts = {**self.facts, **progress}
                 self.checkpoints.save(self.parts.student, self.next_step, facts)
 
-    def _resume(self) -> int:
-        resume = self.recipe.resume
+    def _resume(self, resume: str) -> int:
         path = self.checkpoints.find(resume) if resume != "never" else None
+        self.checkpoints.set_aside(newer_than=path)
         if path is None:
             if dist.is_main():
                 print(f"{self.stage.name}: no checkpoint, starts at step 0", file=sys.stderr)

@@ -66,7 +66,7 @@ def damage(folder: Path) -> dict[str, str]:
     for step in (1, 2, 3):
         train(student, step)
         checkpoints.save(student, step, FACTS)
-    found["kept"] = str(sorted(path.name for path in folder.glob("step-*")))
+    found["kept"] = json.dumps(sorted(path.name for path in folder.glob("step-*")))
     found["whole"] = outcome(lambda: checkpoints.find("auto"))
     found["tag"] = outcome(lambda: checkpoints.find("step-00000002"))
     newest = folder / "step-00000003"
@@ -85,7 +85,7 @@ def damage(folder: Path) -> dict[str, str]:
             found[f"{kind} {name}: auto"] = outcome(lambda: checkpoints.find("auto"))
             found[f"{kind} {name}: latest"] = outcome(lambda: checkpoints.find("latest"))
             on_main(lambda path=path, data=data: path.write_bytes(data))
-    found["files"] = str(names)
+    found["files"] = json.dumps(names)
 
     pointer = folder / "latest"
     for kind, text in (("empty", ""), ("naming nothing", "step-00000009"), ("hostile", "../../x")):
@@ -106,14 +106,16 @@ def damage(folder: Path) -> dict[str, str]:
     found["half written"] = outcome(lambda: checkpoints.find("auto"))
     train(student, 4)
     checkpoints.save(student, 4, FACTS)
-    found["after it"] = str(sorted(path.name for path in folder.glob("step-*")))
+    found["after it"] = json.dumps(sorted(path.name for path in folder.glob("step-*")))
+    checkpoints.set_aside(newer_than=folder / "step-00000003")
+    found["set aside"] = json.dumps(sorted(path.name for path in folder.glob("*step-*")))
+    on_main(lambda: (folder / "abandoned-step-00000004").rename(folder / "step-00000004"))
     student.close()  # DeepSpeed loads into a pristine engine only
     student = new_engine()
     loaded = outcome(lambda: checkpoints.load(student, folder / "step-00000004", FACTS)["step"])
     found["loaded"] = loaded
     on_main(lambda: [shutil.rmtree(path) for path in folder.glob("step-*")])
     found["all gone"] = outcome(lambda: checkpoints.find("auto"))
-    found["all gone, never"] = "not asked"
     return found
 
 
@@ -128,7 +130,9 @@ def no_room(folder: Path) -> dict[str, str]:
     on_main(lambda: fill(ballast))
     train(student, 2)
     found["second"] = outcome(lambda: checkpoints.save(student, 2, FACTS))
-    found["left"] = str(sorted(path.name for path in (folder / "checkpoints").glob("step-*")))
+    found["left"] = json.dumps(
+        sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    )
     found["auto"] = outcome(lambda: checkpoints.find("auto"))
     on_main(ballast.unlink)
     found["third"] = outcome(lambda: checkpoints.save(student, 2, FACTS))

@@ -31,7 +31,7 @@ def damaged(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.dist
 def test_every_file_spoiled_in_turn_gives_the_one_before(damaged):
     """auto: the newest that is whole. latest: what was asked for, or an error that says why."""
-    files = eval(damaged["files"])
+    files = json.loads(damaged["files"])
     assert len(files) == 5 and "manifest.json" in files  # two ranks, model and optimizer
     for name in files:
         for kind in ("truncated", "flipped", "removed"):
@@ -56,9 +56,10 @@ def test_never_a_silent_start_from_step_0(damaged):
 
 @pytest.mark.dist
 def test_incomplete_ones_are_invisible_and_old_ones_go(damaged):
-    assert eval(damaged["kept"]) == ["step-00000002", "step-00000003"]
+    assert json.loads(damaged["kept"]) == ["step-00000002", "step-00000003"]
     assert damaged["half written"] == "step-00000003"
-    assert eval(damaged["after it"]) == ["step-00000003", "step-00000004"]
+    assert json.loads(damaged["after it"]) == ["step-00000003", "step-00000004"]
+    assert json.loads(damaged["set aside"]) == ["abandoned-step-00000004", "step-00000003"]
 
 
 @pytest.mark.dist
@@ -86,7 +87,7 @@ def test_a_full_disk_stops_all_ranks_and_spares_the_last_checkpoint(small_disk, 
     assert found["first"] == "None"
     assert "No space left on device" in found["second"], found
     assert "the last checkpoint is step-00000001" in found["second"]
-    assert eval(found["left"]) == ["step-00000001"] and found["auto"] == "step-00000001"
+    assert json.loads(found["left"]) == ["step-00000001"] and found["auto"] == "step-00000001"
     assert found["third"] == "None" and found["then"] == "step-00000002"
 
 
@@ -132,3 +133,25 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path, pair, shards):
         ledgers = [records(tmp_path / run / "sft", "ledger.jsonl") for run in (name, "four")]
         assert ledgers[0] == ledgers[1]
     assert not list((tmp_path / "eight/sft/checkpoints").glob("*universal*"))
+
+
+@pytest.mark.dist
+def test_a_named_checkpoint_is_of_the_first_unfinished_stage(tmp_path, pair, shards):
+    """Later stages begin; one that is named and not there is an error, also in a new run."""
+    stages = [{"kind": "sft", "name": name, "steps": 4} for name in ("one", "two")]
+    tree = recipe_tree(tmp_path, pair, shards, stages=stages, checkpoint={"every": 1, "keep": 9})
+    recipe = write_recipe(tmp_path / "r.yaml", **tree)
+    train, run = ROOT / "launch/train.py", tmp_path / "run"
+    with pytest.raises(AssertionError, match="no whole checkpoint step-00000002; there are: none"):
+        run_ranks(train, [recipe, "resume=step-00000002"], 1)
+    whole = run_ranks(train, [recipe], 1)
+    assert "resumed" not in whole and (run / "DONE").is_file()
+    weights = (run / "two/student/model.safetensors").read_bytes()
+    shutil.rmtree(run / "two")
+    (run / "one/DONE").unlink()
+    output = run_ranks(train, [recipe, "resume=step-00000002"], 1)
+    assert "one: resumed at step 2" in output and "two: no checkpoint, starts at step 0" in output
+    names = sorted(path.name for path in (run / "one/checkpoints").glob("*step*"))
+    assert names == ["abandoned-step-00000003", *(f"step-0000000{n}" for n in (1, 2, 3))]
+    assert (run / "two/student/model.safetensors").read_bytes() == weights
+    assert "already finished" in run_ranks(train, [recipe, "resume=latest"], 1)

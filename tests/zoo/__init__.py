@@ -28,6 +28,7 @@ MODEL_TYPES = {
     "internvl_llama": "internvl",
     "internvl_qwen3": "internvl",
     "llava_pixtral": "llava",
+    "molmo2_no_bos": "molmo2",
     "paligemma2": "paligemma",
 }  # of rows whose name is not their model_type
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.zoo.saving import MEAN, llm, save_vlm, template, vit
-from tests.zoo.tokenizers import Kind, train
+from tests.zoo.tokenizers import BOS, Kind, train
 
 PIXTRAL = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
 
@@ -79,7 +79,49 @@ def phi4_multimodal(folder: Path, kind: Kind) -> None:
     )  # fmt: skip
 
 
+MOLMO2 = [
+    "<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>", "<im_end>",
+    "<frame_end>", "<im_low>", "<|image|>", "<|video|>",
+]  # fmt: skip
+
+
+def _molmo2_row(bos: str):
+    """The tokens of pictures come last: they are embedded, and the head does not know them."""
+
+    def write(folder: Path, kind: Kind) -> None:
+        tokenizer = train(kind, [])
+        num_words = len(tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": MOLMO2})
+        token = tokenizer.convert_tokens_to_ids
+        images = {
+            "size": {"height": 32, "width": 32}, "patch_size": 8, "pooling_size": [2, 2],
+            "max_crops": 4, "overlap_margins": [1, 1], **MEAN,
+        }  # fmt: skip
+        text = llm(
+            tokenizer, "molmo2_text", vocab_size=num_words,
+            additional_vocab_size=len(tokenizer) - num_words,
+        )  # fmt: skip
+        vision = vit(image_size=[32, 32], num_key_value_heads=4, head_dim=6)
+        save_vlm(
+            folder, "molmo2", tokenizer, images, {"chat_template": template("<|image|>", bos=bos)},
+            text_config=text, vision_config=vision,
+            adapter_config={
+                "vision_feature_layer": [1, 0], "hidden_size": 24, "num_attention_heads": 4,
+                "num_key_value_heads": 4, "head_dim": 6, "intermediate_size": 48,
+                "text_hidden_size": 32,
+            },
+            image_patch_id=token("<im_patch>"), image_start_token_id=token("<im_start>"),
+            image_end_token_id=token("<im_end>"), frame_end_token_id=token("<frame_end>"),
+            low_res_image_start_token_id=token("<low_res_im_start>"),
+            frame_start_token_id=token("<frame_start>"),
+        )  # fmt: skip
+
+    return write
+
+
 ROWS = {
+    "molmo2": _molmo2_row(bos=BOS),
+    "molmo2_no_bos": _molmo2_row(bos=""),  # as its releases' templates: the processor adds it
     "phi4_multimodal": phi4_multimodal,
     "mistral3": _pixtral_row(
         "mistral3", 2, "mistral", spatial_merge_size=2, tie_word_embeddings=False

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genrecal_ds.data.batch import IGNORE, collate
+from genrecal_ds.data.batch import IGNORE, collate, collate_vision
 from genrecal_ds.data.pair import EncodedChat, Pair, Unusable, encode_pair
 
 pytestmark = pytest.mark.unit
@@ -134,3 +134,17 @@ def test_uses_invert_the_source_map(with_regular):
                 rebuilt[use] = row if row < num_student else num_student - 1 - row
     assert torch.equal(rebuilt, packing.source_P)
     assert packing.cu_seqlens.diff().sum() == len(packing.source_P)
+
+
+def test_numbers_of_patches_count_on_over_samples_and_negatives_stay():
+    """As Molmo2 numbers them: of all patches of the batch; a text-only sample has none."""
+    samples = [
+        {"pixel_values": torch.zeros(2, 5, 3), "pooling": torch.tensor([[0, 9], [-1, 4]])},
+        {},
+        {"pixel_values": torch.ones(1, 5, 3), "pooling": torch.tensor([[3, -1]])},
+        {"pixel_values": torch.ones(3, 5, 3), "pooling": torch.tensor([[14, 0]])},
+    ]
+    joined = collate_vision(samples, {"pixel_values": "rows", "pooling": "patches"})
+    assert joined["pixel_values"].shape == (6, 5, 3)
+    assert joined["pooling"].tolist() == [[0, 9], [-1, 4], [13, -1], [29, 15]]
+    assert collate_vision([{}], {"pooling": "patches"}) == {}
