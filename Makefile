@@ -18,8 +18,8 @@ help: ## this list
 setup: ## make .venv (PYTHON=..., GENRECAL_TORCH_INDEX=...); demo and test do it by themselves
 	@PYTHON='$(PYTHON)' launch/setup_env.sh
 
-demo: setup ## a whole distillation at toy size on the CPU, with a table at the end
-	$(IN_VENV) .venv/bin/python -m launch.demo.run
+demo: setup ## a whole distillation at toy size on the CPU, with a table (CACHE=1: teacher's rows kept)
+	$(IN_VENV) .venv/bin/python -m launch.demo.run $(if $(CACHE),--cache)
 
 test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
 	.venv/bin/ruff check .

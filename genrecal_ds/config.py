@@ -56,6 +56,8 @@ class TeacherSource(ModelSource):
     # teachers that fit; int8: its decoder's weights in 8 bits (torchao)
     placement: Literal["zero3", "replica", "replica_int8"] = "zero3"
     compile: bool = False  # torch.compile of its decoder blocks
+    # a folder for its rows: align writes them, distill reads them in place of running it
+    cache: Path | None = None
 
     @model_validator(mode="after")
     def _gathering_is_not_compiled(self) -> "TeacherSource":
@@ -254,6 +256,11 @@ class Recipe(Section):
                         f"stages.{stage.name}.{key}: {source} is not an earlier stage; "
                         f"earlier: {names[:position]}"
                     )
+        if self.teacher and self.teacher.cache and self.data.too_long == "truncate_question":
+            raise ValueError(
+                "teacher.cache: truncate_question cuts by the student's tokens, and a cache serves "
+                "any student; set data.too_long to drop or error"
+            )
         if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
             raise ValueError("teacher.path and student.path are the same folder; name two models")
         if self.profile:

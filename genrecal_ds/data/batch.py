@@ -93,6 +93,9 @@ class PairBatch(NamedTuple):
     num_teacher_rows: int
     num_truncated: int = 0
     sample_ids: tuple[int, ...] = ()  # all that were asked for, the rejected ones included
+    used_ids: tuple[int, ...] = ()  # those that are in it, in order, and their turns
+    turns_of: tuple[int, ...] = ()
+    unusable_ids: tuple[int, ...] = ()
     unusable: tuple[str, ...] = ()  # reasons of samples that this pair cannot learn from
     unreadable: tuple[str, ...] = ()  # damaged ones, by shard and key
 

@@ -11,17 +11,28 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from genrecal_ds.data.batch import PairBatch, collate
+from genrecal_ds.data.features import CachedView, Features, FeatureStore
 from genrecal_ds.data.index import ShardIndex
-from genrecal_ds.data.pair import Encoder, LongPolicy, Pair, TooLong, Unusable, encode_pair
-from genrecal_ds.data.plan import PADDING, FirstSamples, StepPlan
+from genrecal_ds.data.pair import (
+    Encoder,
+    LongPolicy,
+    Pair,
+    TooLong,
+    Unusable,
+    encode_pair,
+    first_turns,
+)
+from genrecal_ds.data.plan import PADDING, GivenSamples, StepPlan
 from genrecal_ds.data.reader import BadSample, ShardReader
 from genrecal_ds.errors import UserError
 
@@ -42,7 +53,8 @@ class PairEncoders:
         student = {"student": self.student}
         return student if self.teacher is None else {"teacher": self.teacher, **student}
 
-    def encode(self, messages: list, images: list[Image.Image]) -> Pair:
+    def encode(self, messages: list, images: list[Image.Image], number: int = PADDING) -> Pair:
+        """number: the sample's, for those that keep something of it."""
         return encode_pair(messages, images, self.by_side, self.too_long)
 
     @property
@@ -60,8 +72,45 @@ class PairEncoders:
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-        pair = self.encode(messages, images)
+        pair = encode_pair(messages, images, self.by_side, self.too_long)
         return Pair(pair.teacher, pair.student, is_placeholder=True)
+
+
+@dataclass(frozen=True)
+class CachedPairEncoders(PairEncoders):
+    """The teacher's side comes from disk: no picture is prepared for it, no text tokenised.
+
+    Its view is the answers alone, each behind one token in place of its question; the rows that
+    the teacher gave for them are its only vision input. too_long: drop or error.
+    """
+
+    features: FeatureStore | None = None
+    empty_row_1H: Tensor | None = None  # of the placeholder
+
+    @property
+    def vision_rules(self) -> tuple[dict[str, str] | None, dict[str, str]]:
+        return {"rows": "rows"}, self.student.vision_rules
+
+    def encode(self, messages: list, images: list[Image.Image], number: int = PADDING) -> Pair:
+        assert self.features is not None
+        found = self.features.read(number)
+        if found is None:
+            raise Unusable("left out when the teacher's rows were written")
+        messages = first_turns(messages, len(found.turn_lengths))
+        teacher = CachedView(found)
+        encoders: dict[str, Encoder] = {"teacher": teacher, "student": self.student}
+        pair = encode_pair(messages, images, encoders, self.too_long)
+        assert pair.teacher is not None
+        return replace(pair, teacher=teacher.with_rows(pair.teacher))
+
+    def placeholder(self) -> Pair:
+        pair = super().placeholder()
+        assert pair.teacher is not None and self.empty_row_1H is not None
+        (start, end), *_ = pair.teacher.answers
+        length = end - start
+        rows = self.empty_row_1H.expand(length + 1, -1)
+        view = CachedView(Features(rows, torch.zeros(length + 1, dtype=torch.int64), (length,)))
+        return replace(pair, teacher=view.with_rows(view.encode([], [])))
 
 
 class PairDataset(Dataset):
@@ -79,13 +128,14 @@ class PairDataset(Dataset):
         batch calls the same.
         """
         real = tuple(slot for slot in slots if slot != PADDING)
-        pairs, unusable, unreadable = [], [], []
+        pairs, used, unusable, unusable_ids, unreadable = [], [], [], [], []
         for slot, sample in zip(real, self.reader.read_many(real), strict=True):
             if isinstance(sample, BadSample):
                 unreadable.append(str(sample))
                 continue
             try:
-                pairs.append(self.encoders.encode(sample.messages, sample.images))
+                pairs.append(self.encoders.encode(sample.messages, sample.images, slot))
+                used.append(slot)
             except TooLong as error:
                 raise UserError(
                     f"sample {slot}, key {sample.key}: {error}; raise max_length, or set "
@@ -93,15 +143,18 @@ class PairDataset(Dataset):
                 ) from None
             except Unusable as error:
                 unusable.append(str(error))
+                unusable_ids.append(slot)
+        turns_of = tuple(len(pair.student.answers) for pair in pairs)
         batch = collate(pairs, self.placeholder, self.encoders.vision_rules, self.with_regular)
         return batch._replace(
-            sample_ids=real, unusable=tuple(unusable), unreadable=tuple(unreadable)
-        )
+            sample_ids=real, used_ids=tuple(used), turns_of=turns_of, unusable=tuple(unusable),
+            unusable_ids=tuple(unusable_ids), unreadable=tuple(unreadable),
+        )  # fmt: skip
 
 
 def micro_batches(
     dataset: PairDataset,
-    plan: StepPlan | FirstSamples,
+    plan: StepPlan | GivenSamples,
     *,
     first_step: int,
     last_step: int,
@@ -147,7 +200,7 @@ def micro_batches(
 class _StepSlots:
     """The loader's sampler: plans a step only when the loader comes to it."""
 
-    plan: StepPlan | FirstSamples
+    plan: StepPlan | GivenSamples
     steps: range
     rank: int
     world_size: int

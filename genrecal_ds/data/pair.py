@@ -169,6 +169,12 @@ def _shorten_questions(
     return None
 
 
+def first_turns(messages: Messages, num_turns: int) -> Messages:
+    """The chat up to its num_turns-th answer."""
+    rest = _after_turns(messages, num_turns)
+    return messages[: len(messages) - len(rest)]
+
+
 def _after_turns(messages: Messages, num_turns: int) -> Messages:
     answered = 0
     for position, message in enumerate(messages):

@@ -130,18 +130,19 @@ class StepPlan:
         return plan
 
 
-class FirstSamples:
-    """A plan for validation: samples 0..count-1 in order, whatever the batch size."""
+class GivenSamples:
+    """A plan for validation and for caches: these samples, in order, whatever the batch size."""
 
-    def __init__(self, count: int, global_batch: int) -> None:
-        self.count = count
+    def __init__(self, samples: np.ndarray, global_batch: int) -> None:
+        self.samples = samples
         self.global_batch = global_batch
-        self.steps_per_epoch = -(-count // global_batch)
+        self.steps_per_epoch = -(-len(samples) // global_batch)
 
     def micro_batches(self, step: int, micro_batch: int, world_size: int) -> np.ndarray:
         """int64 [accumulation, world_size, micro_batch]; -1 behind the last sample."""
-        slots = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
-        slots = np.where(slots < self.count, slots, PADDING)
+        slots = np.full(self.global_batch, PADDING, np.int64)
+        own = self.samples[step * self.global_batch : (step + 1) * self.global_batch]
+        slots[: len(own)] = own
         return slots.reshape(-1, world_size, micro_batch)
 
 

@@ -3,12 +3,14 @@
 The only place where models, data and engines meet.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -16,10 +18,11 @@ from torch import nn
 from genrecal_ds import dist
 from genrecal_ds.config import DataConfig, ModelSource, Recipe, StageConfig, load_ds_config
 from genrecal_ds.data import lengths
+from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.lengths import Lengths
 from genrecal_ds.data.loader import PairDataset, PairEncoders
-from genrecal_ds.data.plan import Order, StepPlan
+from genrecal_ds.data.plan import PADDING, Order, StepPlan
 from genrecal_ds.data.store import ShardStore
 from genrecal_ds.errors import UserError
 from genrecal_ds.export import write_student
@@ -52,6 +55,7 @@ from genrecal_ds.training.engine import (
 )
 from genrecal_ds.training.progress import host_memory_gib
 from genrecal_ds.training.stages import STAGES, freeze
+from genrecal_ds.training.teacher_cache import Caches, TeacherFromCache
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,7 +68,8 @@ class StageParts:
     plan: StepPlan
     validation: PairDataset | None
     student: StudentEngine
-    teacher: Teacher | None
+    teacher: Teacher | TeacherFromCache | None
+    writer: FeatureWriter | None  # of the teacher's rows
     export: Callable[[Path], None]  # a collective: writes the stage's result folders
     clock: Clock
     facts: dict[str, Any]  # of this start: versions, where pixels come from, memory of every rank
@@ -155,15 +160,23 @@ def build_stage(
         global_batch=recipe.global_batch(stage),
         window=data.length_window,
     )
-    validation = None
-    if data.validation:
-        validation = PairDataset(inputs.indices[data.validation], encoders, with_regular)
+    plan = StepPlan(order)
+    validation = inputs.indices[data.validation] if data.validation else None
+    cache = None
+    if stage.needs_teacher and recipe.teacher and recipe.teacher.cache:
+        cache = Caches.of(recipe, encoders)
+    is_cached = cache is not None and stage.kind == "distill"
+    train_encoders = validation_encoders = encoders
+    if cache and is_cached:
+        train_encoders, validation_encoders = _cached(cache, recipe, stage, plan, index, validation)
 
     refuse_other_architecture(student_folder, recipe.student.path)
     student = load_student(student_folder, recipe)
     freeze(student, stage)
     objective = _objective(recipe, stage, student, recalibrator_folder, clock)
-    teacher = load_teacher(recipe) if stage.needs_teacher else None
+    teacher: Teacher | TeacherFromCache | None = None
+    if stage.needs_teacher:
+        teacher = TeacherFromCache() if is_cached else load_teacher(recipe)
     run_folder = recipe.run_dir / stage.name
     engine = StudentEngine(
         objective,
@@ -174,18 +187,46 @@ def build_stage(
         monitor_config(run_folder, recipe.log.tensorboard, recipe.log.wandb),
     )
     _check_logits(student, encoders.student)
-    if teacher:
+    if teacher and teacher.module is not None:
         _check_logits(teacher.module.teacher, encoders.teacher)
     return StageParts(
-        dataset=PairDataset(index, encoders, with_regular),
-        plan=StepPlan(order),
-        validation=validation,
+        dataset=PairDataset(index, train_encoders, with_regular),
+        plan=plan,
+        validation=validation and PairDataset(validation, validation_encoders, with_regular),
         student=engine,
         teacher=teacher,
+        writer=cache.writer(index) if cache and not is_cached else None,
         export=_exporter(engine, student_folder, recipe),
         clock=clock,
-        facts=_facts(encoders),
+        facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage, is_cached)},
     )
+
+
+def _teacher_in_words(recipe: Recipe, stage: StageConfig, is_cached: bool) -> str | None:
+    if not stage.needs_teacher or recipe.teacher is None:
+        return None
+    return "cache" if is_cached else recipe.teacher.placement
+
+
+def _cached(
+    cache: Caches, recipe: Recipe, stage: StageConfig, plan: StepPlan, index: ShardIndex,
+    validation: ShardIndex | None,
+) -> tuple[PairEncoders, PairEncoders]:  # fmt: skip
+    """Encoders of training and validation data that read the teacher's rows, all of them there."""
+    assert recipe.teacher is not None
+    epochs = stage.epochs or (stage.steps or 0) / plan.steps_per_epoch
+    needed = [(index, np.arange(len(index)))]
+    if epochs < 1:
+        steps = range(math.ceil(epochs * plan.steps_per_epoch))
+        slots = np.concatenate([plan.slots(step) for step in steps])
+        needed = [(index, np.unique(slots[slots != PADDING]))]
+    if validation:
+        count = min(recipe.log.validation_samples, len(validation))
+        needed.append((validation, np.arange(count)))
+    cache.fill(needed, lambda: load_teacher(recipe))
+    width = read_config(recipe.teacher.path).get_text_config().hidden_size
+    reading = [cache.reading(of, width, DTYPES[recipe.precision]) for of, _ in needed]
+    return reading[0], reading[-1]
 
 
 def _facts(encoders: PairEncoders) -> dict[str, Any]:

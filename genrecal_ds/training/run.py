@@ -80,9 +80,11 @@ def _mark_stopped(recipe: Recipe, stage: StageConfig, trainer: Trainer) -> None:
 def stage_hash(recipe: Recipe, stage: StageConfig) -> str:
     """Identifies what decides a stage's result; logging and paths of outputs do not."""
     # Shards are known by their content (facts["data"]), not by their place.
-    outputs = {
+    names = (
         "run_dir", "stages", "log", "checkpoint", "faults", "resume", "profile", "data",
-    }  # fmt: skip
+    )  # fmt: skip
+    # Rows from a cache are the teacher's own.
+    outputs = dict.fromkeys(names, True) | {"teacher": {"cache": True}}
     tree = recipe.model_dump(mode="json", exclude=outputs) | {"too_long": recipe.data.too_long}
     text = json.dumps([tree, stage.model_dump(mode="json", exclude={"data"})], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

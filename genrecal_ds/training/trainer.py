@@ -10,13 +10,14 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
 from genrecal_ds.data.batch import PairBatch, to_device
 from genrecal_ds.data.loader import micro_batches
-from genrecal_ds.data.plan import FirstSamples, StepPlan
+from genrecal_ds.data.plan import GivenSamples, StepPlan
 from genrecal_ds.metrics import JsonlLog, Report
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.training import stopping
@@ -29,6 +30,7 @@ from genrecal_ds.training.manifest import write_atomically
 from genrecal_ds.training.progress import Profiler, Progress, peak_memory_gib
 from genrecal_ds.training.records import finite, rates, token_counts
 from genrecal_ds.training.stages import learning_rate
+from genrecal_ds.training.teacher_cache import flushed, keep
 from genrecal_ds.training.watchdog import Watchdog
 
 
@@ -57,7 +59,7 @@ class Trainer:
         self.counts = SampleCounts(recipe.data.max_unreadable)
         self.faults = Faults(self.folder / "faults", recipe.faults, parts.dataset.reader)
         modules = {"student": parts.student.module}
-        if parts.teacher is not None:
+        if parts.teacher is not None and parts.teacher.module is not None:
             modules["teacher"] = parts.teacher.module
         seconds = recipe.faults.stall_seconds
         self.watchdog = Watchdog(self.folder / "faults", seconds, parts.clock, modules)
@@ -120,8 +122,12 @@ class Trainer:
         parts.student.set_lr(learning_rate(step, self.num_steps, self.stage, self.recipe.optimizer))
         parts.student.train()
         report, losses = Report(), []
+        is_first_epoch = step - self.plan_start < parts.plan.steps_per_epoch  # every sample once
         for batch in micro:
             teacher_rows = self._teacher_rows(batch)
+            if is_first_epoch and parts.writer and teacher_rows:
+                with clock.phase("cache"):
+                    keep(parts.writer, batch, *teacher_rows)
             loss, micro_report = parts.student(batch, teacher_rows, totals, probe)
             with clock.phase("backward"):
                 parts.student.backward(loss)
@@ -150,8 +156,10 @@ class Trainer:
         incomplete batch is scaled by its share, or its few samples would count for a whole one.
         """
         with self.parts.clock.phase("agree"):
-            why = stopping.reason(self.recipe.run_dir)
-            agreed = agree(step, micro, self.counts.of(micro), wants_stop=why is not None)
+            wants_stop = stopping.reason(self.recipe.run_dir) is not None
+            if self.parts.writer and self.parts.writer.failed:
+                wants_stop = True  # all ranks together; the flush before the save says why
+            agreed = agree(step, micro, self.counts.of(micro), wants_stop)
         self.counts.add(agreed.sample_counts)
         self.stop_asked |= agreed.stop
         self.batch_read = agreed.batch
@@ -183,7 +191,7 @@ class Trainer:
             return {}
         unit = self.recipe.micro_batch(self.stage) * dist.world_size()
         index = dataset.reader.index
-        plan = FirstSamples(min(self.recipe.log.validation_samples, len(index)), unit)
+        plan = GivenSamples(np.arange(min(self.recipe.log.validation_samples, len(index))), unit)
         self.parts.student.train(False)
         report = Report()
         for micro in self._micro_batches(dataset, plan, 0, plan.steps_per_epoch):
@@ -194,7 +202,7 @@ class Trainer:
                 report = report + part
         return {f"validation/{name}": value for name, value in report.reduce().items()}
 
-    def _micro_batches(self, dataset: Any, plan: StepPlan | FirstSamples, first: int, last: int):
+    def _micro_batches(self, dataset: Any, plan: StepPlan | GivenSamples, first: int, last: int):
         return micro_batches(
             dataset, plan, first_step=first, last_step=last,
             rank=dist.rank(), world_size=dist.world_size(),
@@ -246,6 +254,7 @@ class Trainer:
         is_due = every and self.next_step % every == 0
         if (is_due or self.stop_asked) and self.next_step < self.num_steps:
             progress = {"plan_start": self.plan_start, "counts": self.counts.state()}
+            self._flush_cache()  # what the steps up to here gave is there before they count as done
             with self.parts.clock.phase("checkpoint"):
                 facts = {**self.facts, **progress}
                 self.checkpoints.save(self.parts.student, self.next_step, facts)
@@ -270,7 +279,13 @@ class Trainer:
             print(f"{self.stage.name}: resumed at step {step} from {path}{moved}{began}")
         return step
 
+    def _flush_cache(self) -> None:
+        if self.parts.writer:
+            with self.parts.clock.phase("cache"):
+                dist.raise_together(flushed(self.parts.writer))
+
     def _finish(self) -> None:
+        self._flush_cache()
         with self.parts.clock.phase("export"):
             self.parts.export(self.folder)
         if dist.is_main():

@@ -1,11 +1,14 @@
 """The demo: a whole distillation at toy size, on two CPU ranks or a GPU.
 
-    python -m launch.demo.run
+    python -m launch.demo.run [--cache]
+
+--cache: stage 1 keeps the teacher's rows on disk, and stage 2 reads them in its place.
 
 shards -> two random models -> pretrain both -> gate -> align, distill, sft -> the controls
 -> evaluation on held-out handwriting -> probes -> report. A finished step is not done again.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -50,6 +53,7 @@ class Demo:
     """The demo's steps, each skipped when its result is there."""
 
     folder: Path
+    is_cached: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,6 +109,8 @@ class Demo:
             str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(_num_ranks()),
             "--master_port", str(_free_port()), "launch/train.py", str(RECIPES / f"{recipe}.yaml"),
         ]  # fmt: skip
+        if self.is_cached and recipe == "genrecal":
+            command.append(f"teacher.cache={self.folder / 'teacher_rows'}")
         _check(command)
 
     def evaluate(self, name: str, model: str, shards: str) -> dict[str, Any]:
@@ -155,8 +161,8 @@ def require_facts(values: dict[str, Any]) -> None:
         raise UserError(f"it does not hold that {failed[0]}; see probes.json")
 
 
-def run(folder: Path) -> None:
-    demo = Demo(folder)
+def run(folder: Path, is_cached: bool = False) -> None:
+    demo = Demo(folder, is_cached)
     demo.step("shards", folder / "data/heldout/manifest.json", demo.build_shards)
     demo.step("models", folder / "models/student_init/config.json", demo.build_pair)
     for recipe, last in (("teacher", "learn"), ("baseline", "learn")):
@@ -216,8 +222,11 @@ def _check(command: list[str]) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.demo.run", description=__doc__)
+    parser.add_argument("--cache", action="store_true")
+    arguments = parser.parse_args()
     try:
-        run(FOLDER)
+        run(FOLDER, arguments.cache)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

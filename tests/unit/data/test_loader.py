@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from data_tools.sources import digits
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders, micro_batches
 from genrecal_ds.data.pair import EncodedChat, Unusable
-from genrecal_ds.data.plan import FirstSamples, Order, StepPlan
+from genrecal_ds.data.plan import GivenSamples, Order, StepPlan
 from genrecal_ds.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -107,7 +108,7 @@ def test_ranks_share_a_step_whatever_the_world_size(dataset):
 def test_validation_reads_the_first_samples_whatever_the_batch(dataset):
     found = []
     for global_batch in (2, 8):
-        plan = FirstSamples(13, global_batch)
+        plan = GivenSamples(np.arange(13), global_batch)
         assert plan.steps_per_epoch == -(-13 // global_batch)
         steps = micro_batches(
             dataset, plan, first_step=0, last_step=plan.steps_per_epoch, rank=0, world_size=1,

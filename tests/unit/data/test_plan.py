@@ -14,7 +14,7 @@ from genrecal_ds.data.plan import (
     NUM_CLASSES,
     PADDING,
     PLAN_VERSION,
-    FirstSamples,
+    GivenSamples,
     Order,
     StepPlan,
     deal,
@@ -217,7 +217,7 @@ def test_deal_refuses_other_sizes() -> None:
 
 
 def test_first_samples() -> None:
-    plan = FirstSamples(5, 4)
+    plan = GivenSamples(np.arange(5), 4)
     assert plan.steps_per_epoch == 2
     assert plan.micro_batches(0, 2, 2).tolist() == [[[0, 1], [2, 3]]]
     assert plan.micro_batches(1, 2, 2).tolist() == [[[4, -1], [-1, -1]]]

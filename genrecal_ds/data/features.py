@@ -1,0 +1,225 @@
+"""Rows that a frozen teacher computed, kept on disk: computed once, read by any number of runs.
+
+    FOLDER/identity.json              what the rows belong to; a reader with another one is refused
+    FOLDER/rank0000-000007.safetensors  one block: rows of some samples, whole or not there
+
+A sample has, for each turn in order, the row that predicts its first answer token and the rows of
+its answer tokens; and those tokens' ids. A sample that the pair could not use has no rows. The
+student's tokens are nowhere in it: one cache serves many students.
+
+Shapes: R rows of a sample (answer tokens + turns), H teacher width, S samples of a block.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genrecal_ds.data.pair import EncodedChat
+from genrecal_ds.errors import UserError
+
+IDENTITY = "identity.json"
+FORMAT = 1
+BLOCK_BYTES = 2**28  # a block is handed to the disk when its rows are this large
+_TABLES = ("samples", "rows_of", "turns_of", "crc32")
+
+
+class Features(NamedTuple):
+    """One sample's."""
+
+    rows_RH: Tensor
+    tokens_R: Tensor  # int64; in front of each turn a 0, for the row that stands before it
+    turn_lengths: tuple[int, ...]  # answer tokens, end-of-turn included
+
+
+class CachedView:
+    """One sample's features as a side of a pair: an Encoder that encodes nothing."""
+
+    max_length, reads_images, digest = 2**62, True, ""
+    vision_rules = {"rows": "rows"}
+
+    def __init__(self, features: Features):
+        self.features = features
+
+    def encode(self, messages: list, images: list) -> EncodedChat:
+        """The answers, each behind a single token that stands for its question."""
+        spans, start = [], 0
+        for length in self.features.turn_lengths:
+            spans.append((start + 1, start + 1 + length))
+            start += 1 + length
+        return EncodedChat(self.features.tokens_R, tuple(spans), {}, {})
+
+    def with_rows(self, chat: EncodedChat) -> EncodedChat:
+        """Beside the tokens that a pair's rules left of it."""
+        return replace(chat, vision={"rows": self.features.rows_RH[: len(chat.input_ids_T)]})
+
+
+class FeatureWriter:
+    """One rank's blocks. The disk is a thread's work; its errors wait for flush."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], rank: int):
+        self.folder, self.rank = folder, rank
+        _claim(folder, identity)
+        self.done = set(FeatureStore(folder, identity).samples.tolist())
+        self._waiting: list[tuple[int, Features]] = []
+        self._waiting_bytes = 0
+        self._number = 1 + max(
+            (int(path.stem.split("-")[1]) for path in folder.glob(f"rank{rank:04d}-*")), default=-1
+        )
+        self._disk = ThreadPoolExecutor(1)
+        self._pending: list[Future] = []
+
+    @property
+    def failed(self) -> bool:
+        """Whether a block could not be written; flush says why."""
+        return any(pending.done() and pending.exception() for pending in self._pending)
+
+    def add(self, sample: int, features: Features) -> None:
+        """Keep one sample's, on the CPU; one that is there already is left as it is."""
+        if sample in self.done:
+            return
+        self.done.add(sample)
+        self._waiting.append((sample, features))
+        self._waiting_bytes += features.rows_RH.nbytes
+        if self._waiting_bytes >= BLOCK_BYTES:
+            self._hand_over()
+
+    def flush(self) -> None:
+        """Everything added so far onto the disk. Raises OSError, also of earlier blocks."""
+        self._hand_over()
+        for pending in self._pending:
+            pending.result()
+        self._pending.clear()
+
+    def _hand_over(self) -> None:
+        self._pending = [p for p in self._pending if not p.done() or p.exception()]
+        if self._waiting:
+            path = self.folder / f"rank{self.rank:04d}-{self._number:06d}.safetensors"
+            self._pending.append(self._disk.submit(_write_block, path, self._waiting))
+            self._number += 1
+            self._waiting, self._waiting_bytes = [], 0
+
+
+class FeatureStore:
+    """Reads samples in any order, from any process. Opened once, forked or pickled to workers."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        """Raises UserError for a folder of another teacher, template or data, naming what."""
+        self.folder, self.identity = folder, identity
+        _check_identity(folder, identity)
+        self._paths = sorted(folder.glob("rank*.safetensors"))
+        tables = [_read_tables(path) for path in self._paths]
+        self.samples = np.concatenate([t["samples"] for t in tables] or [np.empty(0, np.int64)])
+        self._place: dict[int, tuple[int, int]] = {}
+        for number, table in enumerate(tables):
+            for position, sample in enumerate(table["samples"].tolist()):
+                if sample in self._place:
+                    raise UserError(f"{self._paths[number]}: sample {sample} is in two blocks")
+                self._place[sample] = (number, position)
+        self._tables = tables
+        self._starts = [np.cumsum([0, *table["rows_of"]]) for table in tables]
+        self._turn_starts = [np.cumsum([0, *table["turns_of"]]) for table in tables]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureStore, (self.folder, self.identity)
+
+    def missing(self, samples: Iterable[int]) -> list[int]:
+        """Those that no block has."""
+        return sorted(set(map(int, samples)) - self._place.keys())
+
+    def read(self, sample: int) -> Features | None:
+        """One sample's; None for one that the pair could not use.
+
+        Raises UserError naming the block when its bytes are not those that were written.
+        """
+        number, position = self._place[sample]
+        table, path = self._tables[number], self._paths[number]
+        if not table["rows_of"][position]:
+            return None
+        first, last = self._starts[number][position : position + 2]
+        first_turn, last_turn = self._turn_starts[number][position : position + 2]
+        try:
+            with safe_open(path, "pt") as block:
+                rows = block.get_slice("rows")[first:last]
+                tokens = block.get_slice("tokens")[first:last]
+                lengths = block.get_slice("turn_lengths")[first_turn:last_turn]
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); remove it and cache again"
+            ) from None
+        if _crc32(rows, tokens) != table["crc32"][position]:
+            raise UserError(f"{path}: sample {sample} is damaged; remove the file and cache again")
+        return Features(rows, tokens.long(), tuple(lengths.tolist()))
+
+
+def _write_block(path: Path, samples: list[tuple[int, Features]]) -> None:
+    """Complete or not there."""
+    found = [features for _, features in samples]
+    integers = {
+        "samples": [sample for sample, _ in samples],
+        "rows_of": [len(features.rows_RH) for features in found],
+        "turns_of": [len(features.turn_lengths) for features in found],
+        "turn_lengths": [length for features in found for length in features.turn_lengths],
+        "crc32": [_crc32(features.rows_RH, features.tokens_R.int()) for features in found],
+    }
+    tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in integers.items()}
+    tensors["rows"] = torch.cat([features.rows_RH for features in found])
+    tensors["tokens"] = torch.cat([features.tokens_R for features in found]).int()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary)
+    except SafetensorError as error:  # how it tells of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error}") from None
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read_tables(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, "pt") as block:
+            return {name: block.get_tensor(name).numpy() for name in _TABLES}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it and cache again") from None
+
+
+def _crc32(rows_RH: Tensor, tokens_R: Tensor) -> int:
+    crc = 0
+    for tensor in (rows_RH, tokens_R):
+        crc = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Write the identity of a new folder; the ranks may come together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / IDENTITY
+    if not path.is_file():
+        temporary = folder / f"{IDENTITY}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps({"format": FORMAT, **identity}, indent=2) + "\n")
+        os.replace(temporary, path)
+
+
+def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    path = folder / IDENTITY
+    if not path.is_file():
+        raise UserError(f"teacher.cache: {folder} has no {IDENTITY}; run the stage that writes it")
+    found = json.loads(path.read_text())
+    wanted = json.loads(json.dumps({"format": FORMAT, **identity}))
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise UserError(
+                f"{path}: its rows belong to {key} {found.get(key)!r}, this run has "
+                f"{wanted.get(key)!r}; name another teacher.cache"
+            )

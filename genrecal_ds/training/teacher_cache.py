@@ -1,0 +1,168 @@
+"""The teacher's rows computed once: written beside stage 1, read by stage 2 in the teacher's place.
+
+align      runs the teacher, and what it needs anyway goes to disk (a by-product)
+distill    rows that are missing are computed first, the teacher is freed, and from then on
+           no body of it is on any device; only its head is
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genrecal_ds import dist
+from genrecal_ds.config import Recipe
+from genrecal_ds.data.batch import IGNORE, PairBatch, SideBatch, to_device
+from genrecal_ds.data.features import Features, FeatureStore, FeatureWriter
+from genrecal_ds.data.index import ShardIndex, file_sha256
+from genrecal_ds.data.loader import CachedPairEncoders, PairDataset, PairEncoders, micro_batches
+from genrecal_ds.data.plan import GivenSamples
+from genrecal_ds.training.engine import Teacher
+
+
+class TeacherFromCache:
+    """In a teacher engine's place: hands out the rows that came with the batch."""
+
+    module: nn.Module | None = None
+
+    def __call__(
+        self, inputs: SideBatch, rows_A: Tensor, targets_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As TeacherBody.forward; inputs.vision holds the rows, sample after sample."""
+        rows_PH = inputs.vision["rows"]
+        flat = rows_PH.new_zeros(inputs.input_ids.numel(), rows_PH.shape[1])
+        flat = flat.index_copy(0, inputs.real_P, rows_PH)
+        return flat.index_select(0, rows_A), flat.index_select(0, targets_N)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Where a recipe's teacher keeps its rows: a folder for each data set."""
+
+    recipe: Recipe
+    encoders: PairEncoders  # of both sides
+    facts: dict[str, Any]  # of the identity, but for the data
+
+    @classmethod
+    def of(cls, recipe: Recipe, encoders: PairEncoders) -> "Caches":
+        """A collective: the ranks share the teacher's files to be hashed."""
+        source = recipe.teacher
+        assert source is not None and encoders.teacher is not None
+        files = sorted(source.path.glob("*.safetensors"))
+        mine = {path.name: file_sha256(path) for path in files[dist.rank() :: dist.world_size()]}
+        hashes: dict[str, str] = {}
+        for found in dist.gather_objects(mine):
+            hashes |= found
+        listed = "\n".join(f"{name} {digest}" for name, digest in sorted(hashes.items()))
+        return cls(recipe, encoders, {
+            "weights": hashlib.sha256(listed.encode()).hexdigest(),
+            "tokens": encoders.teacher.digest,
+            "max_length": source.max_length,
+            "too_long": recipe.data.too_long,
+            "precision": recipe.precision,
+            "weights_in_8_bits": source.placement == "replica_int8",
+        })  # fmt: skip
+
+    def folder(self, index: ShardIndex) -> Path:
+        assert self.recipe.teacher is not None and self.recipe.teacher.cache is not None
+        return self.recipe.teacher.cache / index.fingerprint[:16]
+
+    def identity(self, index: ShardIndex) -> dict[str, Any]:
+        return {**self.facts, "data": index.fingerprint}
+
+    def writer(self, index: ShardIndex) -> FeatureWriter:
+        return FeatureWriter(self.folder(index), self.identity(index), dist.rank())
+
+    def fill(
+        self, needed: list[tuple[ShardIndex, np.ndarray]], load_teacher: Callable[[], Teacher]
+    ) -> None:
+        """Compute what is missing of these samples, each once; the teacher is loaded only then.
+
+        A collective. Killed and started again it goes on with what is not there yet.
+        """
+        writers = [self.writer(index) for index, _ in needed]
+        dist.barrier()  # every rank has seen the same blocks
+        missing = [
+            dist.from_main(np.setdiff1d(samples, np.fromiter(writer.done, np.int64)))
+            for (_, samples), writer in zip(needed, writers, strict=True)
+        ]
+        if not any(map(len, missing)):
+            return
+        teacher = load_teacher()
+        for (index, _), writer, samples in zip(needed, writers, missing, strict=True):
+            self._fill(index, samples, writer, teacher)
+            dist.raise_together(flushed(writer))
+        teacher.close()
+        dist.barrier()
+
+    @torch.no_grad()
+    def _fill(
+        self, index: ShardIndex, samples: np.ndarray, writer: FeatureWriter, teacher: Teacher
+    ) -> None:
+        micro_batch = self.recipe.batch.micro_batch
+        # Like lengths together: the order is nobody's concern here, the padding is the teacher's.
+        samples = samples[np.argsort(index.costs()[samples], kind="stable")]
+        plan = GivenSamples(samples, micro_batch * dist.world_size())
+        batches = micro_batches(
+            PairDataset(index, self.encoders, with_regular=False), plan, first_step=0,
+            last_step=plan.steps_per_epoch, rank=dist.rank(), world_size=dist.world_size(),
+            micro_batch=micro_batch, num_workers=self.recipe.data.num_workers,
+        )  # fmt: skip
+        for step, micro in enumerate(batches):
+            for batch in micro:
+                batch = to_device(batch, dist.device())
+                assert batch.teacher is not None
+                view = batch.teacher
+                keep(writer, batch, *teacher(view.inputs, view.rows_A, view.targets_N))
+            if dist.is_main() and step % max(1, plan.steps_per_epoch // 10) == 0:
+                print(f"teacher.cache: {step}/{plan.steps_per_epoch} batches", flush=True)
+
+    def reading(self, index: ShardIndex, width: int, dtype: torch.dtype) -> CachedPairEncoders:
+        """Encoders whose teacher side is what was written. Raises UserError; see FeatureStore."""
+        store = FeatureStore(self.folder(index), self.identity(index))
+        encoders = self.encoders
+        return CachedPairEncoders(
+            encoders.student, encoders.teacher, encoders.too_long, store,
+            torch.zeros(1, width, dtype=dtype),
+        )  # fmt: skip
+
+
+def flushed(writer: FeatureWriter) -> str | None:
+    """Put all of it onto the disk; what that said, as a line for dist.raise_together."""
+    try:
+        writer.flush()
+    except OSError as error:
+        return f"teacher.cache: {error}; make room and start again, whole blocks stay"
+    return None
+
+
+def keep(writer: FeatureWriter, batch: PairBatch, inputs_AH: Tensor, targets_NH: Tensor) -> None:
+    """Write what a micro-batch's teacher rows say of each sample; unusable ones as such."""
+    assert batch.teacher is not None
+    # The copy waits for the device: once a micro-batch, and the head's loss comes after it.
+    targets, answers = targets_NH.cpu(), inputs_AH[: len(targets_NH)].cpu()
+    labels = batch.teacher.labels_N.cpu()
+    starts = batch.teacher.boundary_N.nonzero().flatten().tolist()
+    turns = list(zip(starts, [*starts[1:], len(labels)], strict=True))
+    for sample, num_turns in zip(batch.used_ids, batch.turns_of, strict=True):
+        own, turns = turns[:num_turns], turns[num_turns:]
+        rows, tokens = [], []
+        for first, last in own:
+            # The row that predicts the first answer token stands before the answer's own.
+            rows += [targets[first : first + 1], answers[first:last]]
+            tokens += [labels.new_zeros(1), labels[first:last]]
+        joined = torch.cat(tokens)
+        assert not (joined == IGNORE).any(), "a placeholder's rows are nobody's"
+        lengths = tuple(last - first for first, last in own)
+        writer.add(sample, Features(torch.cat(rows), joined, lengths))
+    for sample in batch.unusable_ids:
+        nothing = torch.empty(0, targets.shape[1], dtype=targets.dtype)
+        writer.add(sample, Features(nothing, torch.empty(0, dtype=torch.int64), ()))
