@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -54,6 +54,10 @@ bench-loader: setup ## the loader beside its peers, where they are installed
 
 bench-cpu: setup ## the fused operations on this CPU, beside bare GEMMs and the peers installed
 	$(IN_VENV) .venv/bin/python -m benchmarks.ops --out benchmarks/results/ops-cpu.json
+
+bench-teacher: setup ## stage 2 with the teacher in every place; after `make demo`
+	$(IN_VENV) .venv/bin/python -m benchmarks.teacher launch/recipes/demo/genrecal.yaml \
+		runs/demo/genrecal --out benchmarks/results/teacher-cpu.json
 
 bench-gpu: ## the same on a GPU, on PYTHON as it is (torch, triton, transformers); no set-up
 	$(CHOSEN_PYTHON) -m benchmarks.ops --out benchmarks/results/ops-gpu.json

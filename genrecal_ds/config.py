@@ -56,6 +56,8 @@ class TeacherSource(ModelSource):
     # teachers that fit; int8: its decoder's weights in 8 bits (torchao)
     placement: Literal["zero3", "replica", "replica_int8"] = "zero3"
     compile: bool = False  # torch.compile of its decoder blocks
+    # micro-batches of one forward: fewer gathers of its weights, more memory for activations
+    forward_batches: int = Field(1, gt=0)
     # a folder for its rows: align writes them, distill reads them in place of running it
     cache: Path | None = None
 
@@ -290,6 +292,15 @@ class Recipe(Section):
                 f"{micro} x {world_size} ranks; sizes that are: {', '.join(map(str, sizes))}, ..."
             )
         return total // unit
+
+    def reads_cache(self, stage: StageConfig) -> bool:
+        """Whether the teacher's rows come from disk: where stage 1 was, or would be, their source.
+        Its regular pass needs question rows, which no cache holds."""
+        return (
+            self.teacher is not None
+            and self.teacher.cache is not None
+            and (stage.kind == "distill")
+        )
 
     def student_source(self, stage: StageConfig) -> str:
         """Folder, or stage:NAME, that the stage's student is loaded from."""

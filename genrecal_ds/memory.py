@@ -96,7 +96,8 @@ class Load:
     teacher: Model | None = None
     teacher_zero: Zero | None = None
     teacher_tokens: int = 0
-    placement: Literal["zero3", "replica", "replica_int8"] = "zero3"
+    placement: Literal["zero3", "replica", "replica_int8", "cache"] = "zero3"
+    teacher_batches: int = 1  # micro-batches of one forward of it
     head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     recalibrator: int = 0  # parameters
     depth: int = 0
@@ -194,6 +195,8 @@ def gathered(model: Model, zero: Zero) -> int:
 def _teacher(load: Load, model: Model) -> list[Part]:
     """Frozen: no gradient, no state. A replica is whole; in 8 bits its decoder's matrices are."""
     w, zero = load.width, load.teacher_zero
+    if load.placement == "cache":
+        return []
     if load.placement == "zero3":
         assert zero is not None
         return [
@@ -262,13 +265,14 @@ def _activations(load: Load) -> list[Part]:
     if load.teacher is None:
         return parts
     teacher, smaller = load.teacher.decoder, "a smaller batch.micro_batch or max_length"
-    read = load.micro_batch * load.teacher_tokens
+    read = load.teacher_batches * load.micro_batch * load.teacher_tokens
     rows = 2 * read * w * teacher.hidden
     mixed = load.passes * load.micro_batch * max(load.student_tokens, load.teacher_tokens)
     kept = load.depth * block_bytes(student, w) + (4 + 2 * w) * teacher.hidden
+    forward = 0 if load.placement == "cache" else read * forward_bytes(teacher, w)
     return [
         *parts,
-        Part("teacher: activations", read * forward_bytes(teacher, w),
+        Part("teacher: activations", forward,
              "tokens w (2 h + 3 i), no graph", "teacher", fix=smaller),
         Part("teacher's rows", rows, "2 tokens w H", "student", fix=smaller),
         Part("Recalibrator: activations", mixed * kept,

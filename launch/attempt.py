@@ -22,6 +22,7 @@ import yaml
 from genrecal_ds.config import Recipe, check_folders, load_recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.redact import redact_tree
+from genrecal_ds.training.stopping import STOP_FILE
 from launch.train import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,7 @@ MAX_WITHOUT_PROGRESS = 3
 
 def begin(recipe: Recipe, **facts: Any) -> Path:
     """Make the next attempt's folder. facts: of the launcher, JSON."""
+    (recipe.run_dir / STOP_FILE).unlink(missing_ok=True)  # meant for an attempt that was killed
     logs = recipe.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     folder = logs / f"attempt-{len(list(logs.glob('attempt-*'))) + 1:03d}"

@@ -80,7 +80,7 @@ class Node:
         try:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except OSError:
+        except (OSError, ValueError):  # ValueError: closed on purpose
             pass
 
     def finish(self) -> None:

@@ -23,6 +23,8 @@ import psutil
 
 from genrecal_ds.hosts import HOST
 
+Messages = queue.SimpleQueue  # of str: stop, kill, lost
+
 TRAIN = Path(__file__).resolve().parent / "train.py"
 # From the first rank's end (or a lost connection) until the others are killed. DeepSpeed's
 # launcher alone would wait 30 s for each rank after another.
@@ -32,7 +34,7 @@ GRACE_SECONDS = 20.0
 def main(argv: list[str] | None = None) -> int:
     """The exit code of the host's ranks; 128 + n where a signal n ended them."""
     arguments = _parse(argv)
-    messages: queue.Queue[str] = queue.Queue()
+    messages: Messages = queue.SimpleQueue()  # may be put to from a signal handler
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: messages.put("stop"))
     environment = dict(os.environ)
@@ -59,7 +61,7 @@ def command(arguments: argparse.Namespace) -> list[str]:
 class Ranks:
     """DeepSpeed's launcher and the ranks that it started."""
 
-    def __init__(self, launcher: subprocess.Popen, messages: "queue.Queue[str]"):
+    def __init__(self, launcher: subprocess.Popen, messages: Messages):
         self.launcher, self.messages = launcher, messages
         self.process = psutil.Process(launcher.pid)
         self.most_ranks = 0
@@ -115,7 +117,7 @@ class Ranks:
                 pass
 
 
-def _read_control(messages: "queue.Queue[str]") -> None:
+def _read_control(messages: Messages) -> None:
     for line in sys.stdin:
         messages.put(line.strip())
     messages.put("lost")

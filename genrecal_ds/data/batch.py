@@ -130,6 +130,50 @@ def collate(
     )
 
 
+class JoinedTeacher(NamedTuple):
+    """The teacher's side of several micro-batches as one forward's inputs."""
+
+    inputs: SideBatch
+    rows_A: Tensor
+    targets_N: Tensor
+    sizes: list[tuple[int, int]]  # rows and targets of each micro-batch, in order
+
+
+def join_teacher(batches: list[PairBatch], rules: dict[str, str]) -> JoinedTeacher:
+    """One forward over several micro-batches; rules: the teacher's, as collate has them.
+
+    Under ZeRO-3 a forward gathers every weight of the teacher whatever its batch is, so fewer and
+    larger ones move fewer bytes.
+    """
+    views = [batch.teacher for batch in batches if batch.teacher is not None]
+    longest = max(view.inputs.input_ids.shape[1] for view in views)
+    ids, masks, real, rows, targets, sizes, first = [], [], [], [], [], [], 0
+    per_token: dict[str, list[Tensor]] = {}
+    for view in views:
+        inputs = view.inputs
+        count, width = inputs.input_ids.shape
+
+        def moved(flat: Tensor, width: int = width, first: int = first) -> Tensor:
+            row = torch.div(flat, width, rounding_mode="floor")
+            return (row + first) * longest + flat - row * width
+
+        # Padding repeats the last column: in each row an end-of-turn token, padding or not.
+        padding = inputs.input_ids[:, -1:].expand(-1, longest - width)
+        ids.append(torch.cat([inputs.input_ids, padding], 1))
+        masks.append(_grown(inputs.attention_mask, 1, longest))
+        for key in inputs.vision.keys() - rules.keys():
+            per_token.setdefault(key, []).append(_grown(inputs.vision[key], 1, longest))
+        real.append(moved(inputs.real_P))
+        rows.append(moved(view.rows_A))
+        targets.append(moved(view.targets_N))
+        sizes.append((len(view.rows_A), len(view.targets_N)))
+        first += count
+    vision = {key: torch.cat(values) for key, values in per_token.items()}
+    vision |= collate_vision([view.inputs.vision for view in views], rules)
+    joined = SideBatch(torch.cat(ids), torch.cat(masks), vision, torch.cat(real))
+    return JoinedTeacher(joined, torch.cat(rows), torch.cat(targets), sizes)
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A copy of a (nested) batch with its tensors on `device`, asynchronously where pinned."""
     if isinstance(batch, Tensor):

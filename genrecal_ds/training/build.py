@@ -165,7 +165,7 @@ def build_stage(
     cache = None
     if stage.needs_teacher and recipe.teacher and recipe.teacher.cache:
         cache = Caches.of(recipe, encoders)
-    is_cached = cache is not None and stage.kind == "distill"
+    is_cached = recipe.reads_cache(stage)
     train_encoders = validation_encoders = encoders
     if cache and is_cached:
         train_encoders, validation_encoders = _cached(cache, recipe, stage, plan, index, validation)
@@ -198,14 +198,14 @@ def build_stage(
         writer=cache.writer(index) if cache and not is_cached else None,
         export=_exporter(engine, student_folder, recipe),
         clock=clock,
-        facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage, is_cached)},
+        facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage)},
     )
 
 
-def _teacher_in_words(recipe: Recipe, stage: StageConfig, is_cached: bool) -> str | None:
+def _teacher_in_words(recipe: Recipe, stage: StageConfig) -> str | None:
     if not stage.needs_teacher or recipe.teacher is None:
         return None
-    return "cache" if is_cached else recipe.teacher.placement
+    return "cache" if recipe.reads_cache(stage) else recipe.teacher.placement
 
 
 def _cached(

@@ -26,7 +26,7 @@ def run_recipe(recipe: Recipe, inputs: Inputs, only: str | None = None) -> bool:
     False when it was asked to stop before the end.
     """
     if dist.is_main():
-        for name in (DONE, STOPPED, stopping.STOP_FILE):  # of an earlier start
+        for name in (DONE, STOPPED):  # of an earlier start
             (recipe.run_dir / name).unlink(missing_ok=True)
     dist.barrier()
     resume = recipe.resume
@@ -62,14 +62,17 @@ def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs, resume: str) -
     trainer = Trainer(recipe, stage, parts, facts)
     is_finished = trainer.run(resume)
     parts.close()
-    if trainer.stop_asked:
+    is_last = is_finished and stage is recipe.stages[-1]
+    if trainer.stop_asked and not is_last:
         _mark_stopped(recipe, stage, trainer)
-    return is_finished and not trainer.stop_asked
+        return False
+    return True
 
 
 def _mark_stopped(recipe: Recipe, stage: StageConfig, trainer: Trainer) -> None:
     why = next(filter(None, dist.gather_objects(stopping.reason(recipe.run_dir))), "a signal")
     if dist.is_main():
+        (recipe.run_dir / stopping.STOP_FILE).unlink(missing_ok=True)  # it has been heeded
         place = {"stage": stage.name, "step": trainer.next_step, "why": why, "time": time.time()}
         write_atomically(recipe.run_dir / STOPPED, json.dumps(place) + "\n")
         where = f"{stage.name}: stopped by {why} after step {trainer.next_step}"

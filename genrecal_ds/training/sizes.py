@@ -38,6 +38,8 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int) -> Load:
         count for part, count, _ in describe(recipe, stage) if part == "recalibrator"
     )
     zero = Zero.of(load_ds_config(recipe.deepspeed.teacher))
+    # Rounded: an estimate is of use also where the batch does not divide yet.
+    micro_steps = max(1, recipe.global_batch(stage) // (recipe.micro_batch(stage) * gpus))
     regular = stage.kind == "align" and stage.losses.regularizer != "none"
     return Load(
         **shared,
@@ -45,7 +47,8 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int) -> Load:
         teacher=model_of(skeleton(recipe.teacher.path), zero.keeps_whole),
         teacher_zero=zero,
         teacher_tokens=recipe.teacher.max_length,
-        placement=recipe.teacher.placement,
+        placement="cache" if recipe.reads_cache(stage) else recipe.teacher.placement,
+        teacher_batches=min(recipe.teacher.forward_batches, micro_steps),
         head=recipe.teacher_head,
         recalibrator=recalibrator,
         depth=recipe.recalibrator.depth,

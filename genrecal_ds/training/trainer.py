@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
-from genrecal_ds.data.batch import PairBatch, to_device
+from genrecal_ds.data.batch import PairBatch, join_teacher, to_device
 from genrecal_ds.data.loader import micro_batches
 from genrecal_ds.data.plan import GivenSamples, StepPlan
 from genrecal_ds.metrics import JsonlLog, Report
@@ -123,8 +124,7 @@ class Trainer:
         parts.student.train()
         report, losses = Report(), []
         is_first_epoch = step - self.plan_start < parts.plan.steps_per_epoch  # every sample once
-        for batch in micro:
-            teacher_rows = self._teacher_rows(batch)
+        for batch, teacher_rows in self._with_teacher(micro):
             if is_first_epoch and parts.writer and teacher_rows:
                 with clock.phase("cache"):
                     keep(parts.writer, batch, *teacher_rows)
@@ -182,6 +182,31 @@ class Trainer:
                 batch.teacher.inputs, batch.teacher.rows_A, batch.teacher.targets_N
             )
         return TeacherRows(*rows)
+
+    def _with_teacher(
+        self, micro: list[PairBatch]
+    ) -> Iterator[tuple[PairBatch, TeacherRows | None]]:
+        """The micro-batches with their teacher rows, several of which come from one forward."""
+        source = self.recipe.teacher
+        count = source.forward_batches if source else 1
+        if self.parts.teacher is None or count == 1:
+            for batch in micro:
+                yield batch, self._teacher_rows(batch)
+            return
+        rules = self.parts.dataset.encoders.vision_rules[0] or {}
+        for first in range(0, len(micro), count):
+            batches = micro[first : first + count]
+            with self.parts.clock.phase("teacher"):
+                joined = join_teacher(batches, rules)
+                rows, targets = self.parts.teacher(*joined[:3])
+                parts = zip(
+                    batches,
+                    rows.split([size for size, _ in joined.sizes]),
+                    targets.split([size for _, size in joined.sizes]),
+                    strict=True,
+                )
+            for batch, inputs_AH, targets_NH in parts:
+                yield batch, TeacherRows(inputs_AH, targets_NH)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -56,14 +56,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         board = _Board.join()
-        seen, since = self.clock.phases_begun, time.monotonic()
         interval = min(10.0, self.seconds / 4)
         board.post(self._place())
+        seen, since = self.clock.phases_begun, time.monotonic()
+        woke = since
         while not self._ending.wait(interval):
-            if self.clock.phases_begun != seen:
-                seen, since = self.clock.phases_begun, time.monotonic()
+            now, last = time.monotonic(), woke
+            # Who slept too long was stopped itself (a suspended job), and begins to count anew.
+            if self.clock.phases_begun != seen or now - last > 3 * interval + STORE_SECONDS:
+                seen, since = self.clock.phases_begun, now
+            woke = now
             board.post(self._place())
-            idle = time.monotonic() - since
+            idle = now - since
             if idle > self.seconds and not self._ending.is_set():
                 self._end(board, idle, interval)
 
@@ -119,7 +123,10 @@ class _Board:
             return cls(None)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=STORE_SECONDS)
-        store = torch_dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        try:
+            store = torch_dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        except RuntimeError:  # a rank that is not named is better than none watched
+            return cls(None)
         return cls(torch_dist.PrefixStore("genrecal-watchdog", store))
 
     def post(self, place: Place) -> None:
@@ -133,7 +140,7 @@ class _Board:
     def who_is_behind(self, place: Place, interval: float) -> str:
         """A rank that has fallen silent, or else the one that is least far; a line."""
         if self._store is None:
-            return "it is the only rank"
+            return "no store: nothing is known of other ranks"
         gone = "the store does not answer: rank 0 is stopped or gone"
         before = self._read()
         if before is None:

@@ -152,7 +152,7 @@ def test_an_agent_tells_its_ranks_and_ends_only_them(tmp_path, how, monkeypatch)
     program = (
         "import subprocess, sys, launch.node as node, queue, threading\n"
         "node.GRACE_SECONDS = 2.0\n"
-        "messages = queue.Queue()\n"
+        "messages = queue.SimpleQueue()\n"
         "threading.Thread(target=node._read_control, args=(messages,), daemon=True).start()\n"
         "child = subprocess.Popen([sys.executable, '-c', sys.argv[2], sys.argv[1]])\n"
         "sys.exit(node.Ranks(child, messages).wait())\n"

@@ -172,3 +172,13 @@ def test_imports_no_torch():
     program = "import sys, genrecal_ds.memory; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_teacher_in_a_cache_costs_its_head_and_rows_only():
+    live, cached, twice = parts(), parts(placement="cache"), parts(teacher_batches=2)
+    assert live.keys() - cached.keys() == {
+        "teacher: weights", "teacher: small tensors whole", "teacher: gathered weights",
+        "teacher: activations",
+    }  # fmt: skip
+    for name in ("teacher: activations", "teacher's rows"):
+        assert twice[name] == 2 * live[name]

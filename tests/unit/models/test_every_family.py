@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from genrecal_ds.data.batch import collate
+from genrecal_ds.data.batch import collate, join_teacher
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.vlm import load_vlm, plain_model, read_config
+from genrecal_ds.models.vlm import TeacherBody, load_vlm, plain_model, read_config
 from tests.zoo import ROWS
 
 pytestmark = pytest.mark.unit
@@ -125,3 +125,27 @@ def test_every_parameter_has_a_component(zoo, row):
     assert found >= {"embeddings", "layers", "norm"}
     assert ({"vision", "projector"} <= found) == reads_images(zoo(row))
     assert ("head" in found) != vlm.is_tied
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+@torch.no_grad()
+def test_one_forward_over_micro_batches_gives_each_its_own_rows(row, zoo):
+    """What teacher.forward_batches does: with other lengths, several pictures, and none."""
+    folder = zoo(row)
+    encoders = PairEncoders(ChatEncoder(zoo("internvl"), 2000), ChatEncoder(folder, 2000))
+    asked = samples(reads_images(folder), turns=most_turns(folder))
+    pairs = [encoders.encode(*sample) for sample in asked]
+    batches = [
+        collate(group, encoders.placeholder(), encoders.vision_rules, True)
+        for group in (pairs[:1], pairs[-1:], pairs[1:-1] or pairs)
+    ]
+    body = TeacherBody(load_vlm(folder)).eval()
+    joined = join_teacher(batches, encoders.teacher.vision_rules)
+    rows, targets = body(*joined[:3])
+    rows = rows.split([size for size, _ in joined.sizes])
+    targets = targets.split([size for _, size in joined.sizes])
+    for batch, own_rows, own_targets in zip(batches, rows, targets, strict=True):
+        view = batch.teacher
+        expected = body(view.inputs, view.rows_A, view.targets_N)
+        torch.testing.assert_close(own_rows, expected[0], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(own_targets, expected[1], rtol=1e-4, atol=2e-5)
