@@ -144,7 +144,6 @@ def build_stage(
     recalibrator_folder: Path | None,
 ) -> StageParts:  # fmt: skip
     """Load weights sharded, build both engines and the stage's data."""
-    torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
     clock = Clock()
     encoders = inputs.encoders[stage.needs_teacher]
     with_regular = stage.kind == "align" and stage.losses.regularizer != "none"
@@ -171,6 +170,7 @@ def build_stage(
         train_encoders, validation_encoders = _cached(cache, recipe, stage, plan, index, validation)
 
     refuse_other_architecture(student_folder, recipe.student.path)
+    torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
     student = load_student(student_folder, recipe)
     freeze(student, stage)
     objective = _objective(recipe, stage, student, recalibrator_folder, clock)

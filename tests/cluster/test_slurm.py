@@ -15,7 +15,7 @@ from tests.fixtures import ROOT, environment, recipe_tree, records, write_recipe
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 260
+STEPS = 400
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 
 
@@ -90,11 +90,12 @@ def test_a_preempted_job_goes_on_and_ends_the_same(slurm, recipe, uninterrupted,
     assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.timeout(700)
 def test_the_time_limit_stops_in_time_and_the_job_goes_on(slurm, recipe, uninterrupted, tmp_path):
     """By DeepSpeed's launcher on each node; the batch script is told, and leaves a STOP file."""
-    options = ("--time=1", "--signal=B:USR1@42")
+    options = ("--time=1", "--signal=B:USR1@25")
     job = submit(slurm, recipe, tmp_path / "run", *options, LAUNCHER="deepspeed")
-    assert slurm.wait(job) == "COMPLETED", log_of(tmp_path / "run")
+    assert slurm.wait(job, 600) == "COMPLETED", log_of(tmp_path / "run")
     assert int(slurm.fact(job, "Restarts")) >= 1
     assert "stopped by STOP" in log_of(tmp_path / "run")
     assert weights(tmp_path / "run") == uninterrupted
