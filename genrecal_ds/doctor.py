@@ -57,7 +57,8 @@ def models(case: Case) -> None:
     from genrecal_ds.models.packing import OURS
     from genrecal_ds.models.processors import backend
     from genrecal_ds.models.replica import int8_quantizer
-    from genrecal_ds.training.build import allow_code, describe_blocks
+    from genrecal_ds.training.build import describe_blocks
+    from genrecal_ds.training.inputs import allow_code
     from genrecal_ds.training.sizes import body_of
 
     report = case.report
@@ -101,7 +102,7 @@ def tokenizers(case: Case) -> None:
     """Vocabularies and templates, as every sample will go through them."""
     from genrecal_ds.models.chat import ChatEncoder
     from genrecal_ds.models.vlm import read_config
-    from genrecal_ds.training.build import allow_code
+    from genrecal_ds.training.inputs import allow_code
 
     for side, source in case.sources.items():
         with case.report.attempt(f"{side}.path", ONE_RELEASE):
@@ -285,7 +286,7 @@ def data(case: Case) -> None:
 
 def open_shards(case: Case) -> None:
     from genrecal_ds.data.index import ShardIndex
-    from genrecal_ds.training.build import store_of
+    from genrecal_ds.training.inputs import store_of
 
     for key, folder in _folders(case.recipe).items():
         if folder not in case.indices:

@@ -120,7 +120,8 @@ def _check_versions() -> None:
 def _dry_run(recipe: Recipe) -> int:
     import yaml
 
-    from genrecal_ds.training.build import describe_blocks, freeze_map, open_inputs
+    from genrecal_ds.training.build import describe_blocks, freeze_map
+    from genrecal_ds.training.inputs import open_inputs
 
     open_inputs(recipe)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -136,7 +137,7 @@ def _train(recipe: Recipe, stage: str | None) -> int:
 
     redact_output()
     from genrecal_ds import dist
-    from genrecal_ds.training.build import open_inputs
+    from genrecal_ds.training.inputs import open_inputs
 
     inputs = open_inputs(recipe)  # refuses bad tokenizers and shards before any model is loaded
 

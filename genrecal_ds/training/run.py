@@ -13,7 +13,8 @@ from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
 from genrecal_ds.errors import UserError
 from genrecal_ds.training import stopping
-from genrecal_ds.training.build import Inputs, build_stage
+from genrecal_ds.training.build import build_stage
+from genrecal_ds.training.inputs import Inputs
 from genrecal_ds.training.manifest import write_atomically
 from genrecal_ds.training.trainer import Trainer
 

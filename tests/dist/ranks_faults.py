@@ -23,7 +23,8 @@ from genrecal_ds.data.batch import to_device
 from genrecal_ds.errors import UserError
 from genrecal_ds.training import engine
 from genrecal_ds.training.agreement import CallMismatch
-from genrecal_ds.training.build import build_stage, open_inputs
+from genrecal_ds.training.build import build_stage
+from genrecal_ds.training.inputs import open_inputs
 from genrecal_ds.training.trainer import Trainer
 
 

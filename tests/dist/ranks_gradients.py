@@ -17,7 +17,8 @@ from genrecal_ds import dist
 from genrecal_ds.config import load_recipe
 from genrecal_ds.data.batch import to_device
 from genrecal_ds.training import engine
-from genrecal_ds.training.build import build_stage, open_inputs
+from genrecal_ds.training.build import build_stage
+from genrecal_ds.training.inputs import open_inputs
 from genrecal_ds.training.trainer import Trainer
 from tests.dist.slots import steps_of
 

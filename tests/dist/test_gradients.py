@@ -9,7 +9,7 @@ from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.plan import PADDING
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.models.recalibrator import Recalibrator
-from genrecal_ds.training.build import open_inputs
+from genrecal_ds.training.inputs import open_inputs
 from tests.dist.reference import Reference
 from tests.dist.slots import steps_of
 from tests.fixtures import ROOT, partitioning_ds_configs, run_ranks, write_recipe

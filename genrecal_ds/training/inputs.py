@@ -1,0 +1,72 @@
+"""What a run reads, opened and checked before any model is loaded: both tokenizers, all shards."""
+
+from dataclasses import dataclass
+
+from genrecal_ds.config import ModelSource, Recipe
+from genrecal_ds.data import lengths
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.lengths import Lengths
+from genrecal_ds.data.loader import PairEncoders
+from genrecal_ds.data.store import ShardStore
+from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.families import Family
+from genrecal_ds.models.remote import allow
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything about a run that can be refused before a model is loaded."""
+
+    encoders: dict[bool, PairEncoders]  # by "has a teacher"
+    indices: dict[str, ShardIndex]
+    lengths: dict[tuple[str, bool], Lengths]  # by folder and "has a teacher"; of training data
+
+
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Tokenizers, templates and shard indices. Raises UserError for the first that fails."""
+    for source in (recipe.student, recipe.teacher):
+        if source:
+            allow_code(source)
+    student = ChatEncoder(recipe.student.path, recipe.student.max_length)
+    encoders = {False: PairEncoders(student, too_long=recipe.data.too_long)}
+    if any(stage.needs_teacher for stage in recipe.stages):
+        assert recipe.teacher is not None  # a rule of config.Recipe
+        teacher = ChatEncoder(recipe.teacher.path, recipe.teacher.max_length)
+        encoders[True] = PairEncoders(student, teacher, recipe.data.too_long)
+    folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
+    indices = {folder: ShardIndex.load(store_of(folder, recipe)) for folder in folders if folder}
+    found: dict[tuple[str, bool], Lengths] = {}
+    for stage in recipe.stages:
+        key = (stage.data or recipe.data.train, stage.needs_teacher)
+        if key not in found:
+            found[key] = _lengths(indices[key[0]], encoders, stage.needs_teacher, recipe)
+    return Inputs(encoders, indices, found)
+
+
+def allow_code(source: ModelSource) -> None:
+    """Before anything else of the folder is opened. Raises UserError for a file not as listed."""
+    if code := source.allow_remote_code:
+        allow(source.path, code.files, Family(code.components, dict(code.vision_inputs)))
+
+
+def store_of(folder: str, recipe: Recipe) -> ShardStore:
+    """A folder of shards, or a URL behind the recipe's cache."""
+    cache = recipe.data.cache
+    if cache is None:
+        return ShardStore(folder, recipe.data.remote)
+    return ShardStore(folder, recipe.data.remote, cache.dir, int(cache.max_gib * 2**30))
+
+
+def _lengths(
+    index: ShardIndex, encoders: dict[bool, PairEncoders], has_teacher: bool, recipe: Recipe
+) -> Lengths:
+    """Of the sides that a stage uses. One table serves all stages: it is the recipe's pair's."""
+    if recipe.data.lengths == "estimated":
+        return lengths.estimated(index)
+    pair = encoders[True in encoders].by_side
+    used = encoders[has_teacher].by_side
+    return lengths.measured(
+        index,
+        {side: encoder.digest for side, encoder in pair.items()},
+        {side: encoder.max_length for side, encoder in used.items()},
+    )
