@@ -52,6 +52,7 @@ setup(
         "numpy",
         "pillow",
         "protobuf",
+        "psutil",
         "pydantic>=2",
         "pyyaml",
         "rich",

@@ -13,7 +13,6 @@ Shapes: R rows of a sample (answer tokens + turns), H teacher width, S samples o
 import json
 import os
 import zlib
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +69,8 @@ class FeatureWriter:
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int):
         self.folder, self.rank = folder, rank
         _claim(folder, identity)
-        self.done = set(FeatureStore(folder, identity).samples.tolist())
+        self._store = FeatureStore(folder, identity)  # what was there before
+        self._added: set[int] = set()
         self._waiting: list[tuple[int, Features]] = []
         self._waiting_bytes = 0
         self._number = 1 + max(
@@ -79,6 +79,11 @@ class FeatureWriter:
         self._disk = ThreadPoolExecutor(1)
         self._pending: list[Future] = []
 
+    def missing(self, samples: np.ndarray) -> np.ndarray:
+        """int64, sorted: those of these that were not there at the start, nor added since."""
+        added = np.fromiter(self._added, np.int64)
+        return np.setdiff1d(samples, np.concatenate([self._store.samples, added]))
+
     @property
     def failed(self) -> bool:
         """Whether a block could not be written; flush says why."""
@@ -86,9 +91,9 @@ class FeatureWriter:
 
     def add(self, sample: int, features: Features) -> None:
         """Keep one sample's, on the CPU; one that is there already is left as it is."""
-        if sample in self.done:
+        if sample in self._added or self._store.find(sample) is not None:
             return
-        self.done.add(sample)
+        self._added.add(sample)
         self._waiting.append((sample, features))
         self._waiting_bytes += features.rows_RH.nbytes
         if self._waiting_bytes >= BLOCK_BYTES:
@@ -119,35 +124,44 @@ class FeatureStore:
         _check_identity(folder, identity)
         self._paths = sorted(folder.glob("rank*.safetensors"))
         tables = [_read_tables(path) for path in self._paths]
-        self.samples = np.concatenate([t["samples"] for t in tables] or [np.empty(0, np.int64)])
-        self._place: dict[int, tuple[int, int]] = {}
-        for number, table in enumerate(tables):
-            for position, sample in enumerate(table["samples"].tolist()):
-                if sample in self._place:
-                    raise UserError(f"{self._paths[number]}: sample {sample} is in two blocks")
-                self._place[sample] = (number, position)
-        self._tables = tables
-        self._starts = [np.cumsum([0, *table["rows_of"]]) for table in tables]
-        self._turn_starts = [np.cumsum([0, *table["turns_of"]]) for table in tables]
+        sizes = [len(table["samples"]) for table in tables]
+        # Arrays, not a dict: millions of samples, in every worker.
+        self._block = np.repeat(np.arange(len(tables), dtype=np.int32), sizes)
+        self._row, self._turn = (
+            _ends([table[name] for table in tables]) for name in ("rows_of", "turns_of")
+        )
+        samples = _joined([table["samples"] for table in tables])
+        self._order = np.argsort(samples, kind="stable")
+        self.samples = samples[self._order]  # int64, sorted
+        self._rows_of = _joined([table["rows_of"] for table in tables])
+        self._turns_of = _joined([table["turns_of"] for table in tables])
+        self._crc32 = _joined([table["crc32"] for table in tables])
+        if (twice := np.flatnonzero(self.samples[1:] == self.samples[:-1])).size:
+            second = self._order[twice[0] + 1]
+            path = self._paths[self._block[second]]
+            raise UserError(f"{path}: sample {samples[second]} is in two blocks; remove one")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureStore, (self.folder, self.identity)
 
-    def missing(self, samples: Iterable[int]) -> list[int]:
-        """Those that no block has."""
-        return sorted(set(map(int, samples)) - self._place.keys())
+    def find(self, sample: int) -> int | None:
+        """Where a sample's entry is; None when no block has it."""
+        place = int(np.searchsorted(self.samples, sample))
+        is_there = place < len(self.samples) and self.samples[place] == sample
+        return int(self._order[place]) if is_there else None
 
     def read(self, sample: int) -> Features | None:
         """One sample's; None for one that the pair could not use.
 
         Raises UserError naming the block when its bytes are not those that were written.
         """
-        number, position = self._place[sample]
-        table, path = self._tables[number], self._paths[number]
-        if not table["rows_of"][position]:
+        entry = self.find(sample)
+        assert entry is not None, "the stage has seen to it that every sample it asks for is there"
+        count, turns, path = self._rows_of[entry], self._turns_of[entry], self._path(entry)
+        if not count:
             return None
-        first, last = self._starts[number][position : position + 2]
-        first_turn, last_turn = self._turn_starts[number][position : position + 2]
+        last, last_turn = self._row[entry], self._turn[entry]
+        first, first_turn = last - count, last_turn - turns
         try:
             with safe_open(path, "pt") as block:
                 rows = block.get_slice("rows")[first:last]
@@ -157,9 +171,21 @@ class FeatureStore:
             raise UserError(
                 f"{path}: cannot be read ({error}); remove it and cache again"
             ) from None
-        if _crc32(rows, tokens) != table["crc32"][position]:
+        if _crc32(rows, tokens) != self._crc32[entry]:
             raise UserError(f"{path}: sample {sample} is damaged; remove the file and cache again")
         return Features(rows, tokens.long(), tuple(lengths.tolist()))
+
+    def _path(self, entry: int) -> Path:
+        return self._paths[self._block[entry]]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _ends(counts: list[np.ndarray]) -> np.ndarray:
+    """int64: where each sample's part of its block ends."""
+    return _joined([np.cumsum(of_block) for of_block in counts])
 
 
 def _write_block(path: Path, samples: list[tuple[int, Features]]) -> None:

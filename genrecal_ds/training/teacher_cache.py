@@ -91,7 +91,7 @@ class Caches:
         writers = [self.writer(index) for index, _ in needed]
         dist.barrier()  # every rank has seen the same blocks
         missing = [
-            dist.from_main(np.setdiff1d(samples, np.fromiter(writer.done, np.int64)))
+            dist.from_main(writer.missing(samples))
             for (_, samples), writer in zip(needed, writers, strict=True)
         ]
         if not any(map(len, missing)):

@@ -2,7 +2,8 @@
 
 python -m tests.cluster.chaos --runs 20 [--seed 0] [--folder DIR]
 
-A kill may fall into a start, a step, a save, an export. After every run the ledger must name each
+A kill may fall into a start, a step, a save, an export; every third one waits for a save to be
+under way. After every run the ledger must name each
 global batch once, in order, and the exported weights must be those of the undisturbed run.
 """
 
@@ -61,8 +62,11 @@ def disturbed_run(recipe: Path, run: Path, chance: random.Random) -> list[str]:
         process = launch(recipe, run)
         if attempt % 2 == 0:
             end = time.monotonic() + chance.uniform(3.0, LONGEST)
-            while time.monotonic() < end and process.poll() is None:
-                time.sleep(0.01)
+            in_save = chance.random() < 1 / 3
+            while process.poll() is None and (time.monotonic() < end or in_save):
+                if in_save and place_of(run) == "save" and time.monotonic() > end - LONGEST / 2:
+                    break
+                time.sleep(0.002)
             victims = ranks_below(process.pid)
             if victims and process.poll() is None:
                 os.kill(chance.choice(victims), signal.SIGKILL)
