@@ -110,7 +110,10 @@ class Slurm:
         while time.monotonic() < deadline:
             state = self.fact(job, "JobState")
             if state in ENDED:
-                return state
+                # Between a requeue's end of a job and its return to the queue it looks ended too.
+                time.sleep(0 if state == "COMPLETED" else 4)
+                if self.fact(job, "JobState") == state:
+                    return state
             if state == "PENDING" and self.fact(job, "Reason") == "BeginTime":
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.3)
