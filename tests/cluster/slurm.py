@@ -110,11 +110,10 @@ class Slurm:
         while time.monotonic() < deadline:
             state = self.fact(job, "JobState")
             if state in ENDED:
-                # Between a requeue's end of a job and its return to the queue it looks ended too.
-                time.sleep(0 if state == "COMPLETED" else 4)
-                if self.fact(job, "JobState") == state:
-                    return state
+                return state
             if state == "PENDING" and self.fact(job, "Reason") == "BeginTime":
+                # Started in the second in which it ended, its credential counts as revoked.
+                time.sleep(3)
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             time.sleep(0.3)
         raise AssertionError(f"job {job} is {state} after {seconds} s")
