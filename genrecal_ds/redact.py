@@ -18,7 +18,7 @@ _TOKENS = re.compile(
     r"|\bxox[abprs]-[A-Za-z0-9-]{10,}"  # Slack
     r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{5,}"  # JWT
 )
-_USER_AND_PASSWORD = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_USER_AND_PASSWORD = re.compile(r"(:/{1,2})[^/\s:@]+:[^/\s@]+(?=@)")  # paths lose a slash
 # "tokens" counts pieces of text here; a number is no secret.
 _NAME = r"(?:api_?keys?|access_?keys?|secrets?|passwords?|passwd|token|credentials?)"
 _ASSIGNED = re.compile(
@@ -30,7 +30,7 @@ _SECRET_KEY = re.compile(rf"(?i){_NAME}$")
 def redact(text: str) -> str:
     """The text without what looks like a secret."""
     text = _TOKENS.sub(REDACTED, text)
-    text = _USER_AND_PASSWORD.sub(REDACTED, text)
+    text = _USER_AND_PASSWORD.sub(rf"\1{REDACTED}", text)
     return _ASSIGNED.sub(rf"\1\2{REDACTED}", text)
 
 
