@@ -110,19 +110,16 @@ def test_scripts_are_sound_shell():
 
 
 def test_ranks_of_slurm(monkeypatch):
-    for name in ("RANK", "MASTER_ADDR", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    task = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    monkeypatch.setattr(os, "environ", dict(task))  # whole: nothing of it outlives the test
     with pytest.raises(UserError, match="MASTER_ADDR"):
         ranks_of_slurm()
-    monkeypatch.setenv("MASTER_ADDR", "n1")
+    os.environ["MASTER_ADDR"] = "n1"
     ranks_of_slurm()
     assert [os.environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["3", "4", "1"]
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", {**task, "RANK": "0"})  # a launcher's word goes first
+    ranks_of_slurm()
+    assert os.environ["RANK"] == "0" and "WORLD_SIZE" not in os.environ
 
 
 def test_two_ranks_on_one_gpu_are_refused():
