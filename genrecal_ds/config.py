@@ -294,8 +294,8 @@ class Recipe(Section):
         return total // unit
 
     def reads_cache(self, stage: StageConfig) -> bool:
-        """Whether the teacher's rows come from disk: where stage 1 was, or would be, their source.
-        Its regular pass needs question rows, which no cache holds."""
+        """Whether the teacher's rows come from disk. Not in align: its regular pass needs question
+        rows, which no cache holds."""
         return (
             self.teacher is not None
             and self.teacher.cache is not None

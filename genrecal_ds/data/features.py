@@ -68,7 +68,7 @@ class FeatureWriter:
 
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int):
         self.folder, self.rank = folder, rank
-        _claim(folder, identity)
+        _claim(folder, identity, rank)
         self._store = FeatureStore(folder, identity)  # what was there before
         self._added: set[int] = set()
         self._waiting: list[tuple[int, Features]] = []
@@ -227,12 +227,12 @@ def _crc32(rows_RH: Tensor, tokens_R: Tensor) -> int:
     return crc
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
+def _claim(folder: Path, identity: dict[str, Any], rank: int) -> None:
     """Write the identity of a new folder; the ranks may come together."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / IDENTITY
     if not path.is_file():
-        temporary = folder / f"{IDENTITY}.{os.getpid()}.tmp"
+        temporary = folder / f"{IDENTITY}.{rank}.tmp"  # pids of two hosts may be equal
         temporary.write_text(json.dumps({"format": FORMAT, **identity}, indent=2) + "\n")
         os.replace(temporary, path)
 

@@ -152,14 +152,18 @@ def _cached(
     """Encoders of training and validation data that read the teacher's rows, all of them there."""
     assert recipe.teacher is not None
     epochs = stage.epochs or (stage.steps or 0) / plan.steps_per_epoch
-    needed = [(index, np.arange(len(index)))]
+    samples = np.arange(len(index))
     if epochs < 1:
         steps = range(math.ceil(epochs * plan.steps_per_epoch))
         slots = np.concatenate([plan.slots(step) for step in steps])
-        needed = [(index, np.unique(slots[slots != PADDING]))]
+        samples = np.unique(slots[slots != PADDING])
+    needed = [(index, samples)]
     if validation:
-        count = min(recipe.log.validation_samples, len(validation))
-        needed.append((validation, np.arange(count)))
+        shown = np.arange(min(recipe.log.validation_samples, len(validation)))
+        if validation.fingerprint == index.fingerprint:  # one folder, and one writer in it
+            needed = [(index, np.union1d(samples, shown))]
+        else:
+            needed.append((validation, shown))
     cache.fill(needed, lambda: load_teacher(recipe))
     width = read_config(recipe.teacher.path).get_text_config().hidden_size
     reading = [cache.reading(of, width, DTYPES[recipe.precision]) for of, _ in needed]

@@ -102,6 +102,8 @@ class Checkpoints:
         """
 
         def rename() -> None:
+            if newer_than is None:  # nothing is lost by starting at step 0 again
+                (self.folder / SAVES).unlink(missing_ok=True)
             for name in self._listing()[0]:
                 if newer_than is None or name > newer_than.name:
                     aside = self.folder / f"abandoned-{name}"

@@ -116,6 +116,8 @@ def damage(folder: Path) -> dict[str, str]:
     found["loaded"] = loaded
     on_main(lambda: [shutil.rmtree(path) for path in folder.glob("step-*")])
     found["all gone"] = outcome(lambda: checkpoints.find("auto"))
+    checkpoints.set_aside(newer_than=None)  # as resume=never does
+    found["begun anew"] = outcome(lambda: checkpoints.find("auto"))
     return found
 
 

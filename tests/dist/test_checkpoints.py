@@ -47,6 +47,7 @@ def test_every_file_spoiled_in_turn_gives_the_one_before(damaged):
 def test_never_a_silent_start_from_step_0(damaged):
     assert damaged["nothing yet"] == "None"
     assert "none is whole" in damaged["all gone"]
+    assert damaged["begun anew"] == "None"
     for pointer in ("pointer empty", "pointer naming nothing", "pointer hostile"):
         assert damaged[f"{pointer}: auto"] == "step-00000003"
         assert damaged[f"{pointer}: latest"].startswith("error: "), pointer

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.dist
 def test_every_placement_gives_the_same_losses(tmp_path, pair, shards):
     """Two ranks, two micro-batches a step; validation, which takes one at a time, included."""
     tree = recipe_tree(tmp_path, pair, shards, stages=[{"kind": "distill", "steps": 3}])
+    tree["data"]["validation"] = tree["data"]["train"]  # one cache for both
     recipe = write_recipe(tmp_path / "r.yaml", **tree)
     variants = {
         "zero3": [],
