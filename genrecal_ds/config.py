@@ -20,6 +20,11 @@ from genrecal_ds.errors import UserError
 Component = Literal["vision", "projector", "embeddings", "layers", "norm", "head"]
 StageKind = Literal["pretrain", "align", "distill", "sft"]
 Regularizer = Literal["none", "ce", "kl", "ce+kl", "mse"]
+# Of the teacher's body. zero3: a share per rank, gathered layer by layer; zero3_host: the shares
+# within each host, so that gathering stays inside it (what hpZ is for, without its first copy);
+# zero3_offload: shares in host memory. replica: whole on every rank, for teachers that fit;
+# replica_int8: its decoder's weights in 8 bits (torchao).
+Placement = Literal["zero3", "zero3_host", "zero3_offload", "replica", "replica_int8"]
 
 
 class Section(BaseModel):
@@ -52,9 +57,7 @@ class ModelSource(Section):
 
 
 class TeacherSource(ModelSource):
-    # zero3: a share per rank, gathered layer by layer. replica: whole on every rank, for
-    # teachers that fit; int8: its decoder's weights in 8 bits (torchao)
-    placement: Literal["zero3", "replica", "replica_int8"] = "zero3"
+    placement: Placement = "zero3"
     compile: bool = False  # torch.compile of its decoder blocks
     # micro-batches of one forward: fewer gathers of its weights, more memory for activations
     forward_batches: int = Field(1, gt=0)
@@ -63,9 +66,13 @@ class TeacherSource(ModelSource):
 
     @model_validator(mode="after")
     def _gathering_is_not_compiled(self) -> "TeacherSource":
-        if self.compile and self.placement == "zero3":
+        if self.compile and self.is_sharded:
             raise ValueError("compile: true needs placement: replica or replica_int8")
         return self
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.placement.startswith("zero3")
 
 
 class LoraConfig(Section):
@@ -191,7 +198,7 @@ class DeepSpeedConfig(Section):
     """Names of files in ds_configs/ (without .json), or paths to your own."""
 
     student: str = "student_zero3"
-    teacher: str = "teacher_zero3"
+    teacher: str | None = None  # default: by teacher.placement
 
 
 class LogConfig(Section):
@@ -292,6 +299,13 @@ class Recipe(Section):
                 f"{micro} x {world_size} ranks; sizes that are: {', '.join(map(str, sizes))}, ..."
             )
         return total // unit
+
+    @property
+    def teacher_ds_config(self) -> str:
+        """The teacher's file of ds_configs/."""
+        assert self.teacher is not None
+        offload = "_offload" if self.teacher.placement == "zero3_offload" else ""
+        return self.deepspeed.teacher or f"teacher_zero3{offload}"
 
     def reads_cache(self, stage: StageConfig) -> bool:
         """Whether the teacher's rows come from disk. Not in align: its regular pass needs question

@@ -1,6 +1,8 @@
 """Ranks and the few collectives the library needs. Every function works without a process group."""
 
+import functools
 import os
+import socket
 from typing import Any
 
 import torch
@@ -49,6 +51,19 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+@functools.cache
+def host_group() -> torch_dist.ProcessGroup | None:
+    """The ranks of this rank's host; None where all ranks are on it. A collective, once."""
+    names = gather_objects(socket.gethostname())
+    if len(set(names)) == 1:
+        return None
+    own = None
+    for name in dict.fromkeys(names):  # every rank makes every group, in one order
+        group = torch_dist.new_group([r for r, of_rank in enumerate(names) if of_rank == name])
+        own = group if name == socket.gethostname() else own
+    return own
 
 
 def from_main(value: Any) -> Any:

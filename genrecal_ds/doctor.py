@@ -250,7 +250,8 @@ def memory(case: Case) -> None:
         if case.broken:
             continue
         with report.attempt(f"stages.{stage.name}"):
-            _fit(report, stage.name, estimate(load_of(case.recipe, stage, cluster.gpus)), cluster)
+            load = load_of(case.recipe, stage, cluster.gpus, cluster.per_host)
+            _fit(report, stage.name, estimate(load), cluster)
     if case.broken:
         report.say(f"skipped: needs the {' and the '.join(sorted(case.broken))}")
 

@@ -11,6 +11,8 @@ No GPU has confirmed them yet. NOT_COUNTED says what they leave out.
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from genrecal_ds.config import Placement
+
 GIB = 2**30
 NOT_COUNTED = (
     "sequences count as max_length long; a vision encoder's activations, attention that keeps its "
@@ -84,6 +86,7 @@ class Load:
     """One stage on one rank. Without a teacher there is no Recalibrator either."""
 
     gpus: int
+    per_host: int
     width: int  # bytes of a weight
     micro_batch: int
     student: Model
@@ -96,7 +99,7 @@ class Load:
     teacher: Model | None = None
     teacher_zero: Zero | None = None
     teacher_tokens: int = 0
-    placement: Literal["zero3", "replica", "replica_int8", "cache"] = "zero3"
+    placement: Placement | Literal["cache"] = "zero3"
     teacher_batches: int = 1  # micro-batches of one forward of it
     head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     recalibrator: int = 0  # parameters
@@ -106,6 +109,17 @@ class Load:
     def share(self, numbers: int) -> int:
         """A rank's part of a flat tensor, the last rank's padded."""
         return -(-numbers // self.gpus)
+
+    @property
+    def is_teacher_sharded(self) -> bool:
+        return self.placement.startswith("zero3")
+
+    @property
+    def teacher_share(self) -> int:
+        """A rank's parameters of a teacher that is sharded."""
+        assert self.teacher is not None
+        ranks = min(self.per_host, self.gpus) if self.placement == "zero3_host" else self.gpus
+        return -(-self.teacher.total // ranks)
 
     @property
     def loss_rows(self) -> int:
@@ -197,12 +211,14 @@ def _teacher(load: Load, model: Model) -> list[Part]:
     w, zero = load.width, load.teacher_zero
     if load.placement == "cache":
         return []
-    if load.placement == "zero3":
+    if load.is_teacher_sharded:
         assert zero is not None
+        over, fix = "gpus", "more GPUs, or teacher.placement=zero3_offload"
+        if load.placement == "zero3_host":
+            over, fix = "gpus of a host", "teacher.placement=zero3 or zero3_offload"
         return [
-            Part("teacher: weights", w * load.share(model.total), "w n / gpus",
-                 place="host" if zero.weights_on_host else "gpu",
-                 fix="more GPUs, or deepspeed.teacher=teacher_zero3_offload"),
+            Part("teacher: weights", w * load.teacher_share, f"w n / {over}",
+                 place="host" if zero.weights_on_host else "gpu", fix=fix),
             Part("teacher: small tensors whole", w * model.small, "w n, n <= threshold"),
             Part("teacher: gathered weights", w * gathered(model, zero),
                  "w (largest module + prefetch + reuse), <= w n", "teacher",
@@ -309,8 +325,8 @@ def _host(load: Load) -> list[Part]:
     if load.teacher is not None:
         tensor = max(tensor, load.teacher.largest_tensor)
         zero = load.teacher_zero
-        if load.placement == "zero3" and not (zero and zero.weights_on_host):
-            share += w * load.share(load.teacher.total)
+        if load.is_teacher_sharded and not (zero and zero.weights_on_host):
+            share += w * load.teacher_share
     return [
         Part("loading: share and one tensor", share + w * tensor, "w (n / gpus + largest tensor)",
              place="host"),

@@ -217,11 +217,11 @@ def load_teacher(recipe: Recipe) -> Teacher:
     """The teacher's frozen body: sharded, in an engine of its own, or whole on every rank."""
     assert recipe.teacher is not None
     source = recipe.teacher
-    if source.placement == "zero3":
-        vlm = load_vlm_sharded(source.path, recipe.deepspeed.teacher, recipe.precision, source)
-        return TeacherEngine(
-            TeacherBody(vlm), load_ds_config(recipe.deepspeed.teacher), recipe.precision
-        )
+    if source.is_sharded:
+        name = recipe.teacher_ds_config
+        group = dist.host_group() if source.placement == "zero3_host" else None
+        vlm = load_vlm_sharded(source.path, name, recipe.precision, source, group)
+        return TeacherEngine(TeacherBody(vlm), load_ds_config(name), recipe.precision)
     vlm = load_replica(
         source.path, DTYPES[recipe.precision], dist.device(),
         source.placement == "replica_int8", source.pack, source.attention,
@@ -232,17 +232,23 @@ def load_teacher(recipe: Recipe) -> Teacher:
 
 
 def load_vlm_sharded(
-    folder: str | Path, ds_name: str, precision: str, source: ModelSource | None = None
+    folder: str | Path,
+    ds_name: str,
+    precision: str,
+    source: ModelSource | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> VLM:
     """A whole VLM from its folder; each rank holds, and reads, only its own share.
 
     source: the recipe's word on packing and attention; the folder may be a later stage's.
+    group: the ranks that share it; default all.
     """
     options = (source.pack, source.attention) if source else ()
     vlm = build_sharded(
         lambda: VLM.from_config(folder, DTYPES[precision], *options),
         load_ds_config(ds_name),
         precision,
+        group,
     )
     sources = find_sources(skeleton(folder).model, Checkpoint(folder))
     load_sharded(

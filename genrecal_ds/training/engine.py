@@ -81,8 +81,14 @@ def structure(ds_config: DsConfig, precision: str) -> DsConfig:
     return filled
 
 
-def build_sharded(construct: Callable[[], Module], ds_config: DsConfig, precision: str) -> Module:
-    """Call `construct` so that every parameter is sharded as soon as its module exists.
+def build_sharded(
+    construct: Callable[[], Module],
+    ds_config: DsConfig,
+    precision: str,
+    group: torch_dist.ProcessGroup | None = None,
+) -> Module:
+    """Call `construct` so that every parameter is sharded as soon as its module exists, over the
+    ranks of `group`, or all. A group of a few is for frozen modules: no gradient leaves it.
 
     The values are not meant to be used: load_sharded fills them.
     """
@@ -93,7 +99,8 @@ def build_sharded(construct: Callable[[], Module], ds_config: DsConfig, precisio
     # 3e-2, silently. The guard must be entered first. zero.Init's own dtype argument is ignored.
     # no_init_weights: initialising a sharded tensor by index fails, and its values are not used.
     with hf_deepspeed.prevent_arange_dtype_change(), no_init_weights():
-        with _Unfilled(config_dict_or_path=structure(ds_config, precision)):
+        filled = structure(ds_config, precision)
+        with _Unfilled(config_dict_or_path=filled, data_parallel_group=group):
             return construct()
 
 
@@ -118,7 +125,7 @@ def load_sharded(parameters: Iterable[tuple[nn.Parameter, Callable[[int, int], T
     """
     for parameter, read in parameters:
         shard = parameter.ds_tensor
-        first = dist.rank() * shard.numel()
+        first = parameter.ds_zero_partition_rank * shard.numel()
         last = min(first + shard.numel(), parameter.ds_numel)  # the last shard is padded
         if first < last:
             shard.data.view(-1)[: last - first].copy_(read(first, last))

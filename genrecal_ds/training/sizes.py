@@ -11,7 +11,7 @@ from genrecal_ds.training.build import describe
 from genrecal_ds.training.stages import STAGES, freeze, trained_components
 
 
-def load_of(recipe: Recipe, stage: StageConfig, gpus: int) -> Load:
+def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Load:
     """A stage's memory on one of so many ranks. Raises UserError as training would."""
     student = skeleton(recipe.student.path)
     if recipe.student.lora:
@@ -22,6 +22,7 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int) -> Load:
     zero = Zero.of(load_ds_config(recipe.deepspeed.student))
     shared = {
         "gpus": gpus,
+        "per_host": per_host,
         "width": 2 if recipe.precision == "bf16" else 4,
         "micro_batch": recipe.micro_batch(stage),
         "student": model_of(student, zero.keeps_whole),
@@ -37,7 +38,7 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int) -> Load:
     recalibrator = next(
         count for part, count, _ in describe(recipe, stage) if part == "recalibrator"
     )
-    zero = Zero.of(load_ds_config(recipe.deepspeed.teacher))
+    zero = Zero.of(load_ds_config(recipe.teacher_ds_config))
     # Rounded: an estimate is of use also where the batch does not divide yet.
     micro_steps = max(1, recipe.global_batch(stage) // (recipe.micro_batch(stage) * gpus))
     regular = stage.kind == "align" and stage.losses.regularizer != "none"

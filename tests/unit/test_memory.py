@@ -57,7 +57,7 @@ LAYERS = 28 * 233_057_792 + 3_584  # what distill trains of the student, its nor
 
 def load(**changes) -> Load:
     facts = {
-        "gpus": 128, "width": 2, "micro_batch": 1, "student": SMALL, "student_tokens": 2048,
+        "gpus": 128, "per_host": 8, "width": 2, "micro_batch": 1, "student": SMALL, "student_tokens": 2048,
         "student_zero": Zero.of(load_ds_config("student_zero3")),
         "trained": LAYERS + RECALIBRATOR, "trains_student": True,
         "teacher": BIG, "teacher_zero": Zero.of(load_ds_config("teacher_zero3")),

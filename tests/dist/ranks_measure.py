@@ -1,0 +1,100 @@
+"""Run on every rank: launch/train.py, with its bytes counted.
+
+    ranks_measure.py OUT RANKS_PER_HOST RECIPE [key=value ...]
+
+OUT/rank0.json: `wire`, bytes that this rank received in all-gathers and reduce-scatters, by phase
+of the trainer and size of the group; `peak`, the largest sum of bytes that its tensors held at
+once, by phase. RANKS_PER_HOST 0: all ranks are on one host, as they are; else the ranks believe
+to be on hosts of so many.
+"""
+
+import json
+import os
+import socket
+import sys
+import weakref
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as torch_dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from genrecal_ds import metrics
+
+RANK = int(os.environ["RANK"])
+wire: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+clocks: list[metrics.Clock] = []
+
+
+def phase() -> str:
+    return (clocks[-1].current or "load") if clocks else "load"
+
+
+def counted(name: str, whole: int) -> None:
+    """Replace a collective of torch.distributed; argument `whole` holds all ranks' parts."""
+    collective = getattr(torch_dist, name)
+
+    def wrapper(*args, **kwargs):
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        size = torch_dist.get_world_size(kwargs.get("group"))
+        wire[phase()][str(size)] += tensors[whole].nbytes * (size - 1) // size
+        return collective(*args, **kwargs)
+
+    setattr(torch_dist, name, wrapper)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations made and that still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak: dict[str, int] = defaultdict(int)
+        self.seen = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self._add(tensor.untyped_storage())
+        self.peak[phase()] = max(self.peak[phase()], self.live)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.seen:
+            size = storage.nbytes()
+            self.seen[storage] = size
+            self.live += size
+            weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+def main() -> int:
+    out, per_host = Path(sys.argv[1]), int(sys.argv[2])
+    counted("all_gather_into_tensor", whole=0)
+    counted("reduce_scatter_tensor", whole=1)
+    if per_host:
+        socket.gethostname = lambda: f"host{RANK // per_host}"
+    begin = metrics.Clock.__init__
+
+    def remember(clock: metrics.Clock) -> None:
+        begin(clock)
+        clocks.append(clock)
+
+    metrics.Clock.__init__ = remember
+    from launch.train import main as train
+
+    with LiveBytes() as live:
+        code = train(sys.argv[3:])
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"wire": wire, "peak": live.peak}
+    (out / f"rank{RANK}.json").write_text(json.dumps(found, indent=1))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
