@@ -63,6 +63,7 @@ class TeacherSource(ModelSource):
     forward_batches: int = Field(1, gt=0)
     # a folder for its rows: align writes them, distill reads them in place of running it
     cache: Path | None = None
+    cache_rows: Literal["exact", "int8"] = "exact"  # int8: half of bf16's bytes, rounded
 
     @model_validator(mode="after")
     def _gathering_is_not_compiled(self) -> "TeacherSource":

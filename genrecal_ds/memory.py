@@ -44,13 +44,16 @@ class Model(NamedTuple):
     matrices: int  # of the decoder's linear layers
     largest_matrix: int  # of one of them
     largest_tensor: int
+    body: int  # all but a head of its own
+    tensors: int  # that ZeRO-3 shards
+    vision: int = 0  # parameters of the vision encoder
+    patches: int = 1  # that one visual token stands for
 
 
 class Zero(NamedTuple):
     """What a file of ds_configs/ says about memory; sizes in parameters."""
 
-    prefetch: int
-    reuse: int
+    live: int
     reduce: int
     sub_group: int
     keeps_whole: int
@@ -62,13 +65,7 @@ class Zero(NamedTuple):
         """With DeepSpeed's defaults for what the file leaves out."""
         zero = ds_config.get("zero_optimization", {})
         return cls(
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
-            reuse=int(
-                min(
-                    zero.get("stage3_max_live_parameters", 1e9),
-                    zero.get("stage3_max_reuse_distance", 1e9),
-                )
-            ),
+            live=int(zero.get("stage3_max_live_parameters", 1e9)),
             reduce=int(zero.get("reduce_bucket_size", 5e8)),
             sub_group=int(zero.get("sub_group_size", 1e9)),
             keeps_whole=int(zero.get("stage3_param_persistence_threshold", 1e5)),
@@ -104,6 +101,7 @@ class Load:
     head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     recalibrator: int = 0  # parameters
     depth: int = 0
+    packed_recalibrator: bool = True  # its blocks are ours (models/packed_blocks.py)
     passes: int = 1  # 2 with a regular pass
 
     def share(self, numbers: int) -> int:
@@ -178,8 +176,7 @@ def _student(load: Load) -> list[Part]:
     offload = "more GPUs, student.lora, or deepspeed.student=student_zero3_offload"
     whole = gathered(model, zero)
     # A gradient leaves backward whole, and waits in the bucket: in w, and as the fp32 that is sent.
-    bucket = min(zero.reduce, load.trained)
-    reduced = load.width * min(model.gathered, load.trained) + (load.width + 4) * bucket
+    reduced = load.width * min(model.gathered, load.trained) + (load.width + 4) * zero.reduce
     update = 0 if zero.states_on_host else 4 * min(trained, zero.sub_group)
     # DeepSpeed updates fp32 weights in place; of others, and of offloaded ones, it has a copy.
     master = 0 if load.width == 4 and not zero.states_on_host else 4
@@ -192,8 +189,8 @@ def _student(load: Load) -> list[Part]:
              f"({master} + 4 + 4) n_trained / gpus: fp32 copy, both moments",
              place=sums, fix=offload),
         Part("student: gathered weights", load.width * whole,
-             "w (largest module + prefetch + reuse), <= w n", "student",
-             fix="a smaller stage3_max_reuse_distance in deepspeed.student"),
+             "w (max_live_parameters + largest module), <= w n", "student",
+             fix="a smaller stage3_max_live_parameters in deepspeed.student"),
         Part("gradients being reduced", reduced, "w largest module + (w + 4) bucket", "student",
              fix="a smaller reduce_bucket_size in deepspeed.student"),
         Part("gradients being applied", update, "4 min(n_trained / gpus, sub_group_size)",
@@ -202,8 +199,12 @@ def _student(load: Load) -> list[Part]:
 
 
 def gathered(model: Model, zero: Zero) -> int:
-    """Parameters that are whole on a rank at once: a module's, the next ones', those kept."""
-    return min(model.total, model.gathered + zero.prefetch + zero.reuse)
+    """Parameters that are whole on a rank at once.
+
+    Each module that is entered fetches ahead, also those without weights, so that prefetching
+    runs on to max_live_parameters whatever its bucket's size; then a module's own come in.
+    """
+    return min(model.body, model.gathered + zero.live)
 
 
 def _teacher(load: Load, model: Model) -> list[Part]:
@@ -221,8 +222,8 @@ def _teacher(load: Load, model: Model) -> list[Part]:
                  place="host" if zero.weights_on_host else "gpu", fix=fix),
             Part("teacher: small tensors whole", w * model.small, "w n, n <= threshold"),
             Part("teacher: gathered weights", w * gathered(model, zero),
-                 "w (largest module + prefetch + reuse), <= w n", "teacher",
-                 fix="a smaller stage3_prefetch_bucket_size in deepspeed.teacher"),
+                 "w (max_live_parameters + largest module), <= w n", "teacher",
+                 fix="a smaller stage3_max_live_parameters in deepspeed.teacher"),
         ]  # fmt: skip
     if load.placement == "replica":
         fix = "teacher.placement=replica_int8 or zero3"
@@ -252,13 +253,13 @@ def block_bytes(decoder: Decoder, width: int) -> int:
     """What one block keeps of one token for backward.
 
     Two norms keep their input in fp32, and both its rounding and their output; attention q, k, v
-    and what leaves it; the gated MLP gate, act(gate), up and their product:
+    and what leaves it, all as wide as the queries and in two layouts, by row and by sample; the
+    gated MLP gate, act(gate), up and their product:
 
-        2 (4 h + 2 w h) + w (2 h_q + 2 h_kv) + 4 w i
+        2 (4 h + 2 w h) + 8 w h_q + 4 w i
     """
     h, q = decoder.hidden, decoder.heads * decoder.head_dim
-    kv = decoder.kv_heads * decoder.head_dim
-    return 2 * (4 * h + 2 * width * h) + width * (2 * q + 2 * kv) + 4 * width * decoder.intermediate
+    return 2 * (4 * h + 2 * width * h) + 8 * width * q + 4 * width * decoder.intermediate
 
 
 def forward_bytes(decoder: Decoder, width: int) -> int:
@@ -283,7 +284,9 @@ def _activations(load: Load) -> list[Part]:
     teacher, smaller = load.teacher.decoder, "a smaller batch.micro_batch or max_length"
     read = load.teacher_batches * load.micro_batch * load.teacher_tokens
     rows = 2 * read * w * teacher.hidden
-    mixed = load.passes * load.micro_batch * max(load.student_tokens, load.teacher_tokens)
+    # The mixed pass has the student's questions, the regular one the teacher's.
+    mixed = max(load.student_tokens, load.teacher_tokens)
+    packed = load.micro_batch * (mixed + (load.passes - 1) * load.teacher_tokens)
     kept = load.depth * block_bytes(student, w) + (4 + 2 * w) * teacher.hidden
     forward = 0 if load.placement == "cache" else read * forward_bytes(teacher, w)
     return [
@@ -291,8 +294,8 @@ def _activations(load: Load) -> list[Part]:
         Part("teacher: activations", forward,
              "tokens w (2 h + 3 i), no graph", "teacher", fix=smaller),
         Part("teacher's rows", rows, "2 tokens w H", "student", fix=smaller),
-        Part("Recalibrator: activations", mixed * kept,
-             "passes tokens (depth block + (4 + 2 w) H)", "student", fix=smaller),
+        Part("Recalibrator: activations", packed * kept,
+             "tokens of all passes (depth block + (4 + 2 w) H)", "student", fix=smaller),
     ]  # fmt: skip
 
 

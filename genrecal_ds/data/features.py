@@ -7,6 +7,10 @@ A sample has, for each turn in order, the row that predicts its first answer tok
 its answer tokens; and those tokens' ids. A sample that the pair could not use has no rows. The
 student's tokens are nowhere in it: one cache serves many students.
 
+Rows lie there as they were computed, or, where the identity says `rows: int8`, in 8 bits with a
+scale for every 64 numbers: teachers have a few numbers far larger than the others, which cost
+their own 64 precision and no more (docs/performance.md).
+
 Shapes: R rows of a sample (answer tokens + turns), H teacher width, S samples of a block.
 """
 
@@ -20,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +35,7 @@ from genrecal_ds.errors import UserError
 IDENTITY = "identity.json"
 FORMAT = 1
 BLOCK_BYTES = 2**28  # a block is handed to the disk when its rows are this large
+SCALED_TOGETHER = 64  # numbers
 _TABLES = ("samples", "rows_of", "turns_of", "crc32")
 
 
@@ -68,6 +74,7 @@ class FeatureWriter:
 
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int):
         self.folder, self.rank = folder, rank
+        self._in_8_bits = identity.get("rows") == "int8"
         _claim(folder, identity, rank)
         self._store = FeatureStore(folder, identity)  # what was there before
         self._added: set[int] = set()
@@ -110,9 +117,12 @@ class FeatureWriter:
         self._pending = [p for p in self._pending if not p.done() or p.exception()]
         if self._waiting:
             path = self.folder / f"rank{self.rank:04d}-{self._number:06d}.safetensors"
-            self._pending.append(self._disk.submit(_write_block, path, self._waiting))
+            self._pending.append(self._disk.submit(self._write, path, self._waiting))
             self._number += 1
             self._waiting, self._waiting_bytes = [], 0
+
+    def _write(self, path: Path, samples: list[tuple[int, Features]]) -> None:
+        _write_block(path, samples, self._in_8_bits)
 
 
 class FeatureStore:
@@ -121,6 +131,7 @@ class FeatureStore:
     def __init__(self, folder: Path, identity: dict[str, Any]):
         """Raises UserError for a folder of another teacher, template or data, naming what."""
         self.folder, self.identity = folder, identity
+        self._parts = ("rows", "scales") if identity.get("rows") == "int8" else ("rows",)
         _check_identity(folder, identity)
         self._paths = sorted(folder.glob("rank*.safetensors"))
         tables = [_read_tables(path) for path in self._paths]
@@ -164,15 +175,19 @@ class FeatureStore:
         first, first_turn = last - count, last_turn - turns
         try:
             with safe_open(path, "pt") as block:
-                rows = block.get_slice("rows")[first:last]
+                parts = [block.get_slice(name)[first:last] for name in self._parts]
+                dtype = (block.metadata() or {}).get("dtype", "")
                 tokens = block.get_slice("tokens")[first:last]
                 lengths = block.get_slice("turn_lengths")[first_turn:last_turn]
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path}: cannot be read ({error}); remove it and cache again"
             ) from None
-        if _crc32(rows, tokens) != self._crc32[entry]:
+        if _crc32(*parts, tokens) != self._crc32[entry]:
             raise UserError(f"{path}: sample {sample} is damaged; remove the file and cache again")
+        rows = parts[0]
+        if len(parts) > 1:
+            rows = widened(parts[0], parts[1], getattr(torch, dtype))
         return Features(rows, tokens.long(), tuple(lengths.tolist()))
 
     def _path(self, entry: int) -> Path:
@@ -188,22 +203,43 @@ def _ends(counts: list[np.ndarray]) -> np.ndarray:
     return _joined([np.cumsum(of_block) for of_block in counts])
 
 
-def _write_block(path: Path, samples: list[tuple[int, Features]]) -> None:
+def in_8_bits(rows_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [R, H], fp32 scales [R, H / 64]): the largest of each 64 numbers becomes 127."""
+    width = rows_RH.shape[1]
+    padded = F.pad(rows_RH.float(), (0, -width % SCALED_TOGETHER))
+    groups = padded.unflatten(1, (-1, SCALED_TOGETHER))
+    scales = groups.abs().amax(-1) / 127
+    whole = (groups / scales.clamp(min=1e-30)[..., None]).round().to(torch.int8)
+    return whole.flatten(1)[:, :width].contiguous(), scales
+
+
+def widened(whole_RH: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows [R, H] of what in_8_bits made."""
+    repeated = scales.repeat_interleave(SCALED_TOGETHER, 1)[:, : whole_RH.shape[1]]
+    return (whole_RH.float() * repeated).to(dtype)
+
+
+def _write_block(path: Path, samples: list[tuple[int, Features]], is_in_8_bits: bool) -> None:
     """Complete or not there."""
     found = [features for _, features in samples]
+    stored = [in_8_bits(of.rows_RH) if is_in_8_bits else (of.rows_RH,) for of in found]
     integers = {
         "samples": [sample for sample, _ in samples],
         "rows_of": [len(features.rows_RH) for features in found],
         "turns_of": [len(features.turn_lengths) for features in found],
         "turn_lengths": [length for features in found for length in features.turn_lengths],
-        "crc32": [_crc32(features.rows_RH, features.tokens_R.int()) for features in found],
+        "crc32": [
+            _crc32(*parts, features.tokens_R.int())
+            for parts, features in zip(stored, found, strict=True)
+        ],
     }
     tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in integers.items()}
-    tensors["rows"] = torch.cat([features.rows_RH for features in found])
+    for name, parts in zip(("rows", "scales"), zip(*stored, strict=True), strict=False):
+        tensors[name] = torch.cat(parts)
     tensors["tokens"] = torch.cat([features.tokens_R for features in found]).int()
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, {"dtype": str(found[0].rows_RH.dtype).split(".")[1]})
     except SafetensorError as error:  # how it tells of a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: {error}") from None
@@ -220,9 +256,9 @@ def _read_tables(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: cannot be read ({error}); remove it and cache again") from None
 
 
-def _crc32(rows_RH: Tensor, tokens_R: Tensor) -> int:
+def _crc32(*tensors: Tensor) -> int:
     crc = 0
-    for tensor in (rows_RH, tokens_R):
+    for tensor in tensors:
         crc = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, crc)
     return crc
 

@@ -106,6 +106,11 @@ def build_stage(
     if cache and is_cached:
         train_encoders, validation_encoders = _cached(cache, recipe, stage, plan, index, validation)
 
+    writer = None
+    if cache and not is_cached:
+        width = _teacher_width(recipe)
+        writer = cache.writer_with_room(index, _samples_of(stage, plan, index), width)
+
     refuse_other_architecture(student_folder, recipe.student.path)
     torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
     student = load_student(student_folder, recipe)
@@ -132,7 +137,7 @@ def build_stage(
         validation=validation and PairDataset(validation, validation_encoders, with_regular),
         student=engine,
         teacher=teacher,
-        writer=cache.writer(index) if cache and not is_cached else None,
+        writer=writer,
         export=_exporter(engine, student_folder, recipe),
         clock=clock,
         facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage)},
@@ -150,13 +155,7 @@ def _cached(
     validation: ShardIndex | None,
 ) -> tuple[PairEncoders, PairEncoders]:  # fmt: skip
     """Encoders of training and validation data that read the teacher's rows, all of them there."""
-    assert recipe.teacher is not None
-    epochs = stage.epochs or (stage.steps or 0) / plan.steps_per_epoch
-    samples = np.arange(len(index))
-    if epochs < 1:
-        steps = range(math.ceil(epochs * plan.steps_per_epoch))
-        slots = np.concatenate([plan.slots(step) for step in steps])
-        samples = np.unique(slots[slots != PADDING])
+    samples = _samples_of(stage, plan, index)
     needed = [(index, samples)]
     if validation:
         shown = np.arange(min(recipe.log.validation_samples, len(validation)))
@@ -164,10 +163,25 @@ def _cached(
             needed = [(index, np.union1d(samples, shown))]
         else:
             needed.append((validation, shown))
-    cache.fill(needed, lambda: load_teacher(recipe))
-    width = read_config(recipe.teacher.path).get_text_config().hidden_size
+    width = _teacher_width(recipe)
+    cache.fill(needed, width, lambda: load_teacher(recipe))
     reading = [cache.reading(of, width, DTYPES[recipe.precision]) for of, _ in needed]
     return reading[0], reading[-1]
+
+
+def _samples_of(stage: StageConfig, plan: StepPlan, index: ShardIndex) -> np.ndarray:
+    """Numbers of all samples that the stage trains on, each once."""
+    epochs = stage.epochs or (stage.steps or 0) / plan.steps_per_epoch
+    if epochs >= 1:
+        return np.arange(len(index))
+    steps = range(math.ceil(epochs * plan.steps_per_epoch))
+    slots = np.concatenate([plan.slots(step) for step in steps])
+    return np.unique(slots[slots != PADDING])
+
+
+def _teacher_width(recipe: Recipe) -> int:
+    assert recipe.teacher is not None
+    return read_config(recipe.teacher.path).get_text_config().hidden_size
 
 
 def _facts(encoders: PairEncoders) -> dict[str, Any]:
@@ -287,7 +301,7 @@ def new_recalibrator(recipe: Recipe, student: VLM) -> Recalibrator:
 def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> Recalibrator:
     """The recipe's, with values that are not meant to be used."""
     assert recipe.teacher is not None
-    width = read_config(recipe.teacher.path).get_text_config().hidden_size
+    width = _teacher_width(recipe)
     chosen = recipe.recalibrator
     return Recalibrator(
         student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention

@@ -10,18 +10,19 @@ from genrecal_ds.data.batch import PairBatch
 
 
 def token_counts(micro: Sequence[PairBatch]) -> dict[str, int]:
-    """Tokens and samples of a step over all ranks. A collective."""
+    """Tokens and samples of a step over all ranks; `answer` are the student's. A collective."""
     counts = torch.tensor(
         [
             sum(int(b.student.inputs.attention_mask.sum()) for b in micro),
             sum(int(b.teacher.inputs.attention_mask.sum()) for b in micro if b.teacher),
             sum(len(b.teacher.packing.source_P) for b in micro if b.teacher),
+            sum(b.num_student_rows for b in micro),
             sum(b.num_samples for b in micro),
         ],
         dtype=torch.float64,
     )
     values = dist.sum_over_ranks(counts.to(dist.device())).long().tolist()
-    return dict(zip(("student", "teacher", "packed", "samples"), values, strict=True))
+    return dict(zip(("student", "teacher", "packed", "answer", "samples"), values, strict=True))
 
 
 def rates(tokens: dict[str, int], phases: dict[str, float], seconds: float) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from genrecal_ds.config import ModelSource, Recipe, StageConfig, load_ds_config
 from genrecal_ds.memory import Decoder, Load, Model, Zero
 from genrecal_ds.models.lora import add_adapters
+from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, skeleton
 from genrecal_ds.training.build import describe
 from genrecal_ds.training.stages import STAGES, freeze, trained_components
@@ -42,6 +44,8 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
     # Rounded: an estimate is of use also where the batch does not divide yet.
     micro_steps = max(1, recipe.global_batch(stage) // (recipe.micro_batch(stage) * gpus))
     regular = stage.kind == "align" and stage.losses.regularizer != "none"
+    chosen = recipe.recalibrator
+    family = student.text_config.model_type
     return Load(
         **shared,
         trained=trained + recalibrator,
@@ -52,7 +56,8 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
         teacher_batches=min(recipe.teacher.forward_batches, micro_steps),
         head=recipe.teacher_head,
         recalibrator=recalibrator,
-        depth=recipe.recalibrator.depth,
+        depth=chosen.depth,
+        packed_recalibrator=choose_blocks(family, chosen.blocks, chosen.attention) is not None,
         passes=2 if regular else 1,
     )
 
@@ -73,6 +78,7 @@ def model_of(vlm: VLM, keeps_whole: int) -> Model:
     own = (sum(p.numel() for p in m.parameters(recurse=False)) for m in vlm.modules())
     layers = [module for layer in vlm.model.get_decoder().layers for module in layer.modules()]
     matrices = [module.weight.numel() for module in layers if isinstance(module, nn.Linear)]
+    vision = [p.numel() for _, p, part in vlm.components() if part == "vision"]
     return Model(
         decoder=decoder,
         vocab=vlm.head.out_features,
@@ -82,7 +88,21 @@ def model_of(vlm: VLM, keeps_whole: int) -> Model:
         matrices=sum(matrices),
         largest_matrix=max(matrices, default=0),
         largest_tensor=max(numbers),
+        body=sum(numbers) - (0 if vlm.is_tied else vlm.head.weight.numel()),
+        tensors=sum(n > keeps_whole for n in numbers),
+        vision=sum(vision),
+        patches=_patches_of_a_token(vlm.model.config),
     )
+
+
+def _patches_of_a_token(config: PreTrainedConfig) -> int:
+    """How many patches a family joins into one visual token, by the names they give it."""
+    vision = getattr(config, "vision_config", None)
+    if merge := getattr(vision, "spatial_merge_size", None):
+        return merge**2
+    if ratio := getattr(config, "downsample_ratio", None):
+        return round(1 / ratio**2)
+    return (getattr(config, "scale_factor", None) or 1) ** 2
 
 
 def body_of(source: ModelSource) -> VLM:

@@ -6,6 +6,7 @@ distill    rows that are missing are computed first, the teacher is freed, and f
 """
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from genrecal_ds import dist
 from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import IGNORE, PairBatch, SideBatch, to_device
-from genrecal_ds.data.features import Features, FeatureStore, FeatureWriter
+from genrecal_ds.data.features import SCALED_TOGETHER, Features, FeatureStore, FeatureWriter
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.loader import CachedPairEncoders, PairDataset, PairEncoders, micro_batches
 from genrecal_ds.data.plan import GivenSamples
 from genrecal_ds.training.engine import Teacher
+
+ENCODED_FOR_AN_ESTIMATE = 16  # samples; their mean times all is what is said before writing
+WIDTHS = {"fp32": 4, "bf16": 2}  # bytes
 
 
 class TeacherFromCache:
@@ -68,6 +72,7 @@ class Caches:
             "max_length": source.max_length,
             "too_long": recipe.data.too_long,
             "precision": recipe.precision,
+            "rows": source.cache_rows,
             "weights_in_8_bits": source.placement == "replica_int8",
         })  # fmt: skip
 
@@ -81,8 +86,48 @@ class Caches:
     def writer(self, index: ShardIndex) -> FeatureWriter:
         return FeatureWriter(self.folder(index), self.identity(index), dist.rank())
 
+    def writer_with_room(self, index: ShardIndex, samples: np.ndarray, width: int) -> FeatureWriter:
+        """For a stage that will see these samples. A collective; see check_room."""
+        writer = self.writer(index)
+        self.check_room(index, dist.from_main(writer.missing(samples)), width)
+        return writer
+
+    def check_room(self, index: ShardIndex, samples: np.ndarray, width: int) -> None:
+        """Say how large these samples' rows will be. A collective.
+
+        Raises UserError, on every rank, where the disk has less room: a full disk would stop the
+        run as well, by the same fix, but hours later.
+        """
+        refusal = None
+        if dist.is_main() and len(samples):
+            needed = int(len(samples) * self._bytes_of_a_sample(index, samples, width))
+            free, gib = shutil.disk_usage(self.folder(index)).free, 2**30
+            said = (
+                f"teacher.cache: about {needed / gib:.2f} GiB for {len(samples):,} samples into "
+                f"{self.folder(index)}, {free / gib:.2f} GiB free"
+            )
+            print(said, flush=True)
+            if needed > free:
+                refusal = f"{said}; make room, or set teacher.cache_rows: int8 or fewer steps"
+        dist.raise_together(refusal)
+
+    def _bytes_of_a_sample(self, index: ShardIndex, samples: np.ndarray, width: int) -> float:
+        """A mean over some that are spread evenly."""
+        places = np.linspace(0, len(samples) - 1, ENCODED_FOR_AN_ESTIMATE).round().astype(int)
+        chosen = tuple(int(sample) for sample in np.unique(samples[places]))
+        batch = PairDataset(index, self.encoders, with_regular=False)[chosen]
+        rows = batch.num_teacher_rows + sum(batch.turns_of)
+        assert self.recipe.teacher is not None
+        of_row = width * WIDTHS[self.recipe.precision]
+        if self.recipe.teacher.cache_rows == "int8":
+            of_row = width + 4 * -(-width // SCALED_TOGETHER)
+        return rows * (of_row + 4) / len(chosen)  # 4: of a token's id
+
     def fill(
-        self, needed: list[tuple[ShardIndex, np.ndarray]], load_teacher: Callable[[], Teacher]
+        self,
+        needed: list[tuple[ShardIndex, np.ndarray]],
+        width: int,
+        load_teacher: Callable[[], Teacher],
     ) -> None:
         """Compute what is missing of these samples, each once; the teacher is loaded only then.
 
@@ -96,6 +141,8 @@ class Caches:
         ]
         if not any(map(len, missing)):
             return
+        for (index, _), samples in zip(needed, missing, strict=True):
+            self.check_room(index, samples, width)
         teacher = load_teacher()
         for (index, _), writer, samples in zip(needed, writers, missing, strict=True):
             self._fill(index, samples, writer, teacher)

@@ -88,7 +88,7 @@ class Trainer:
                 self.parts.clock.precise = self._is_logged(step)
                 with profiler.step(step):
                     with self.parts.clock.phase("data"):
-                        micro = [to_device(batch, self.device) for batch in next(batches)]
+                        micro = next(batches)
                     report = self.train_step(step, micro)
                 self.next_step = step + 1
                 self._enter_in_ledger(step)
@@ -186,16 +186,20 @@ class Trainer:
     def _with_teacher(
         self, micro: list[PairBatch]
     ) -> Iterator[tuple[PairBatch, TeacherRows | None]]:
-        """The micro-batches with their teacher rows, several of which come from one forward."""
+        """The micro-batches with their teacher rows, several of which come from one forward.
+
+        On the device from here on, and no longer than needed: a step's pictures are gigabytes.
+        """
         source = self.recipe.teacher
         count = source.forward_batches if source else 1
         if self.parts.teacher is None or count == 1:
             for batch in micro:
+                batch = to_device(batch, self.device)
                 yield batch, self._teacher_rows(batch)
             return
         rules = self.parts.dataset.encoders.vision_rules[0] or {}
         for first in range(0, len(micro), count):
-            batches = micro[first : first + count]
+            batches = [to_device(batch, self.device) for batch in micro[first : first + count]]
             with self.parts.clock.phase("teacher"):
                 joined = join_teacher(batches, rules)
                 rows, targets = self.parts.teacher(*joined[:3])

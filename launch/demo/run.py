@@ -2,7 +2,8 @@
 
     python -m launch.demo.run [--cache]
 
---cache: stage 1 keeps the teacher's rows on disk, and stage 2 reads them in its place.
+--cache: stage 1 keeps the teacher's rows on disk, and stage 2 reads them in its place; then some
+steps of stage 2 are run again with the teacher live, to compare their seconds.
 
 shards -> two random models -> pretrain both -> gate -> align, distill, sft -> the controls
 -> evaluation on held-out handwriting -> probes -> report. A finished step is not done again.
@@ -35,6 +36,7 @@ SHARDS: dict[str, tuple[str, int, int, str | None]] = {
     "validation": ("validation", 400, 4, None),
     "heldout": ("heldout", 600, 5, None),
 }
+LIVE_STEPS = 60
 MIN_LEAD = 0.15  # of the teacher over the baseline, on validation
 # name in the report -> the model's folder in the run
 STUDENTS = {
@@ -105,13 +107,29 @@ class Demo:
 
     def train(self, recipe: str) -> None:
         """One launch; the recipe's stages run in order."""
-        command = [
-            str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(_num_ranks()),
-            "--master_port", str(_free_port()), "launch/train.py", str(RECIPES / f"{recipe}.yaml"),
-        ]  # fmt: skip
+        command = [*self._deepspeed(), "launch/train.py", str(RECIPES / f"{recipe}.yaml")]
         if self.is_cached and recipe == "genrecal":
             command.append(f"teacher.cache={self.folder / 'teacher_rows'}")
         _check(command)
+
+    def train_live(self) -> None:
+        """Stage 2's first steps with the teacher itself, from the same start."""
+        align = self.folder / "genrecal/align"
+        _check([
+            *self._deepspeed(), "launch/train.py", str(RECIPES / "genrecal.yaml"),
+            "--stage", "distill", f"run_dir={self.folder / 'live'}",
+            f"stages.distill.steps={LIVE_STEPS}", f"stages.distill.student={align / 'student'}",
+            f"stages.distill.recalibrator={align / 'recalibrator'}", "log.validate_every=0",
+        ])  # fmt: skip
+
+    def compare_seconds(self) -> None:
+        cached, live = self.folder / "genrecal/distill", self.folder / "live/distill"
+        self._python(["-m", "genrecal_ds.planner.measured", str(cached), str(live)])
+
+    def _deepspeed(self) -> list[str]:
+        ranks, port = str(_num_ranks()), str(_free_port())
+        command = str(Path(sys.executable).parent / "deepspeed")
+        return [command, "--num_accelerators", ranks, "--master_port", port]
 
     def evaluate(self, name: str, model: str, shards: str) -> dict[str, Any]:
         """Scores by kind of a model's folder, from its result file when that exists."""
@@ -175,6 +193,9 @@ def run(folder: Path, is_cached: bool = False) -> None:
     for recipe, last in (("genrecal", "sft"), ("sft_only", "second"), ("sft_weighted", "second")):
         done = folder / recipe / last / "DONE"
         demo.step(f"train {recipe}", done, lambda recipe=recipe: demo.train(recipe))
+    if is_cached:
+        demo.step("stage 2 live", folder / "live/distill/DONE", demo.train_live)
+        demo.compare_seconds()
     teacher = demo.evaluate("teacher", TEACHER, "heldout")
     students = {name: demo.evaluate(name, model, "heldout") for name, model in STUDENTS.items()}
     demo.step("probes", folder / "probes.json", demo.probe)

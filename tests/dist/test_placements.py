@@ -18,7 +18,9 @@ def test_every_placement_gives_the_same_losses(tmp_path, pair, shards):
         "zero3": [],
         "forward_batches": ["teacher.forward_batches=2"],
         "offload": [
-            "teacher.placement=zero3_offload", "deepspeed.teacher=null", "teacher.forward_batches=2"
+            "teacher.placement=zero3_offload",
+            "deepspeed.teacher=null",
+            "teacher.forward_batches=2",
         ],
         "replica": ["teacher.placement=replica", "teacher.forward_batches=4"],
         "cache": [f"teacher.cache={tmp_path}/cache"],

@@ -135,3 +135,48 @@ def test_killed_while_writing_loses_nothing_and_repeats_nothing(tmp_path, pair, 
         assert torch.equal(a.rows_RH, b.rows_RH) and torch.equal(a.tokens_R, b.tokens_R)
         assert a.turn_lengths == b.turn_lengths
         assert len(a.rows_RH) == sum(a.turn_lengths) + len(a.turn_lengths)
+
+
+def test_rows_in_8_bits_change_losses_little_and_are_not_taken_for_exact_ones(
+    tmp_path, pair, shards
+):
+    """bf16: rows as computed give the live losses; in 8 bits, by a stated bound."""
+    recipe = make_recipe(tmp_path, pair, shards, [{"kind": "distill", "steps": 4}])
+    shared = [recipe, "precision=bf16"]
+    cached = [f"teacher.cache={tmp_path}/cache"]
+    for name, overrides in (
+        ("live", []),
+        ("exact", cached),
+        ("int8", [f"teacher.cache={tmp_path}/small", "teacher.cache_rows=int8"]),
+    ):
+        output = run_ranks(TRAIN, [*shared, f"run_dir={tmp_path / name}", *overrides])
+        assert ("teacher.cache: about " in output) == (name != "live")
+    live, exact, int8 = (
+        [line["metrics"] for line in records(tmp_path / name / "distill")]
+        for name in ("live", "exact", "int8")
+    )
+    for metric in ("loss", "ar", "kl", "student_ce"):
+        for a, b, c in zip(live, exact, int8, strict=True):
+            # other micro-batches round the teacher's rows another way
+            assert b[metric] == pytest.approx(a[metric], rel=0.02, abs=0.005), metric
+            assert c[metric] == pytest.approx(a[metric], rel=0.02, abs=0.005), metric
+    sizes = [sum(f.stat().st_size for f in (tmp_path / n).rglob("*.safetensors"))
+             for n in ("cache", "small")]  # fmt: skip
+    assert sizes[1] < 0.62 * sizes[0]
+    with pytest.raises(
+        AssertionError, match="its rows belong to rows 'exact', this run has 'int8'"
+    ):
+        run_ranks(TRAIN, [*shared, f"run_dir={tmp_path}/no", *cached, "teacher.cache_rows=int8"])
+
+
+def test_a_disk_without_room_is_refused_before_the_teacher_runs(tmp_path, pair, shards):
+    recipe = make_recipe(tmp_path, pair, shards, [{"kind": "align", "steps": 2}])
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import sys, shutil\n"
+        "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10, 9, 1)\n"
+        "from launch.train import main\nsys.exit(main())\n"
+    )
+    with pytest.raises(AssertionError, match="0.00 GiB free; make room, or set teacher.cache_rows"):
+        run_ranks(script, [recipe, f"teacher.cache={tmp_path}/cache"])
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

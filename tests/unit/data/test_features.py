@@ -57,6 +57,47 @@ def test_what_two_ranks_wrote_is_read_in_any_order(tmp_path, monkeypatch, dtype)
         assert found is None or equal(found, given[number])
 
 
+@pytest.mark.parametrize("width", [128, 70])
+def test_rows_in_8_bits(tmp_path, width):
+    """Half a step of its own 64 numbers away at most; one large number costs the others nothing."""
+    torch.manual_seed(0)
+    rows = torch.randn(5, width)
+    rows[:, 3] *= 1000
+    identity = {**IDENTITY, "rows": "int8"}
+    writer = FeatureWriter(tmp_path, identity, 0)
+    writer.add(4, Features(rows, torch.arange(5), (4,)))
+    writer.add(6, Features(rows[:0], torch.empty(0, dtype=torch.int64), ()))
+    writer.flush()
+    (block,) = tmp_path.glob("*.safetensors")
+    assert block.stat().st_size < rows.nbytes / 3 + 1500  # 8.5 bits of 32, and a header
+    store = FeatureStore(tmp_path, identity)
+    found = store.read(4).rows_RH
+    assert found.dtype == torch.float32 and store.read(6) is None
+    error = (found - rows).abs()
+    for group in range(0, width, 64):
+        own = slice(group, group + 64)
+        bound = rows[:, own].abs().amax(1, keepdim=True) / 254
+        assert (error[:, own] <= bound * 1.001).all()
+    assert error[:, 64:].max() < 0.02 and found[:, 3].allclose(rows[:, 3], rtol=1e-6)
+    zeros = features.in_8_bits(torch.zeros(2, width))
+    assert not features.widened(*zeros, torch.bfloat16).any()
+
+
+def test_a_flipped_bit_of_a_scale_is_found(tmp_path):
+    identity = {**IDENTITY, "rows": "int8"}
+    writer = FeatureWriter(tmp_path, identity, 0)
+    writer.add(1, sample(1, 2, dtype=torch.float32))
+    writer.flush()
+    (block,) = tmp_path.glob("*.safetensors")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(block)
+    tensors["scales"][1, 0] *= 2
+    save_file(tensors, block, {"dtype": "float32"})
+    with pytest.raises(UserError, match="sample 1 is damaged"):
+        FeatureStore(tmp_path, identity).read(1)
+
+
 def test_a_second_start_keeps_what_is_there(tmp_path):
     first = write(tmp_path, {1: sample(1, 2)})
     first.add(1, sample(8, 3))  # the same sample again, in whatever state

@@ -1,0 +1,206 @@
+"""Memory, traffic, FLOPs and hours of a distillation, before any GPU is asked for.
+
+    python -m genrecal_ds.planner --teacher FOLDER --student FOLDER --gpus 128 --gpu a100-80g
+    python -m genrecal_ds.planner --teacher qwen2-vl-72b --student qwen2-vl-7b --gpus 128 \\
+        --gpu a100-80g --write plan/
+    python -m genrecal_ds.planner --paper
+
+Exit code 0, or 2 where nothing fits: then the smallest changes that would are named.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from genrecal_ds.config import Recipe
+from genrecal_ds.errors import UserError
+from genrecal_ds.flops import Sample
+from genrecal_ds.planner import report as say
+from genrecal_ds.planner.cost import Machine
+from genrecal_ds.planner.facts import (
+    GPUS,
+    PAPER_BATCH,
+    PAPER_PAIRS,
+    PAPER_SAMPLES,
+    model_folder,
+    model_names,
+)
+from genrecal_ds.planner.search import Plan, Search, Work
+from genrecal_ds.refusals import Report
+
+if TYPE_CHECKING:
+    from genrecal_ds.memory import Load
+
+STAGES = tuple(PAPER_SAMPLES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 planned, 2 nothing fits or a mistake of the user."""
+    arguments = _parse(argv)
+    report = Report(Console())
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            if arguments.paper:
+                pairs = {pair: loads_of(*pair, Path(scratch), arguments) for pair in PAPER_PAIRS}
+                _print(report, "The paper's pairs", say.paper_table(
+                    {pair: loads["distill"] for pair, loads in pairs.items()}
+                ))  # fmt: skip
+                return 0
+            if not (arguments.teacher and arguments.student):
+                raise UserError("name --teacher and --student; or --paper")
+            loads = loads_of(arguments.teacher, arguments.student, Path(scratch), arguments)
+        return _plan(report, loads, arguments)
+    except UserError as error:
+        report.refuse(str(error))
+        return 2
+
+
+def loads_of(
+    teacher: str, student: str, scratch: Path, arguments: argparse.Namespace
+) -> "dict[str, Load]":
+    """What memory.py calculates with, by stage. Raises UserError for a model not to be built."""
+    from genrecal_ds.training.sizes import load_of
+
+    length = arguments.max_length
+    tree = {
+        "run_dir": "planned", "precision": "bf16",
+        "teacher": {"path": model_folder(teacher, scratch), "max_length": length},
+        "student": {"path": model_folder(student, scratch), "max_length": length},
+        "data": {"train": "SHARDS"}, "batch": {"global_batch": 1, "micro_batch": 1},
+        "stages": [{"kind": kind, "epochs": 1} for kind in STAGES],
+    }  # fmt: skip
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"--teacher, --student: {message}") from None
+    gpus = arguments.gpus
+    per_host = min(arguments.per_host, gpus)
+    return {stage.kind: load_of(recipe, stage, gpus, per_host) for stage in recipe.stages}
+
+
+def _plan(report: Report, loads: "dict[str, Load]", arguments: argparse.Namespace) -> int:
+    machine, works = _machine(arguments), _works(loads, arguments)
+    report.section("Models")
+    for line in say.models(works):
+        report.say(line)
+    sample = works["align"].sample
+    title = (
+        f"TFLOP of a sample of {sample.teacher:g} tokens, {sample.answer:g} of them answer, "
+        f"{sample.visual:g} visual"
+    )
+    _print(report, title, say.flop_table(works))
+    gpu = machine.gpu
+    found = Search(works, machine).by_place()
+    title = (
+        f"{arguments.gpus} {arguments.gpu}, {arguments.per_host} a host: {gpu.tflops:g} TFLOP/s at "
+        f"{machine.mfu:.0%}, {gpu.link:g} GB/s within a host, {gpu.net:g} between (nominal)"
+    )
+    _print(report, title, say.places(found))
+    if arguments.scale:
+        _print(report, "Scale", say.scale(works, machine, arguments.per_host))
+    plans = [plan for plan in found.values() if isinstance(plan, Plan)]
+    if not plans:
+        changes = say.smallest_changes(works, machine, arguments.gpus, arguments.per_host)
+        named = " or ".join(changes) or "a smaller pair"
+        report.refuse(f"--gpus {arguments.gpus} of {arguments.gpu}: nothing fits; try {named}")
+        return 2
+    best = min(plans, key=lambda plan: plan.cost)
+    _print(report, "The fastest", say.chosen(best))
+    for line in say.cache_size(works["distill"]):
+        report.say(line)
+    if arguments.write:
+        names = arguments.teacher, arguments.student
+        tree = say.recipe_tree(best, *names, arguments.max_length)
+        path = say.write_recipe(arguments.write, tree)
+        report.say(f"{path}: fill in data.train and model folders, then genrecal_ds.doctor {path}")
+    return 0
+
+
+def _print(report: Report, title: str, lines: Iterable[str]) -> None:
+    report.section(title)
+    for line in lines:
+        report.say(line)
+
+
+def _machine(arguments: argparse.Namespace) -> Machine:
+    gpu = GPUS[arguments.gpu]
+    if arguments.net:
+        gpu = gpu._replace(net=arguments.net)
+    if arguments.link:
+        gpu = gpu._replace(link=arguments.link)
+    return Machine(gpu, arguments.mfu)
+
+
+def _works(loads: "dict[str, Load]", arguments: argparse.Namespace) -> dict[str, Work]:
+    tokens = min(arguments.tokens, arguments.max_length)
+    if arguments.answer_tokens + arguments.visual_tokens >= tokens:
+        raise UserError("--answer-tokens and --visual-tokens: together below --tokens")
+    sample = Sample(tokens, tokens, arguments.answer_tokens, arguments.visual_tokens)
+    numbers = zip(STAGES, arguments.samples, arguments.global_batch, strict=True)
+    return {kind: Work(loads[kind], count, batch, sample) for kind, count, batch in numbers}
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m genrecal_ds.planner", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"models known by name: {', '.join(model_names())}",
+    )  # fmt: skip
+    stages = " ".join(STAGES)
+    add = parser.add_argument
+    add("--teacher", help="a model folder, a config.json, or a name below")
+    add("--student")
+    add("--gpus", type=_positive(int), default=128)
+    add("--gpu", choices=GPUS, default="a100-80g")
+    add("--per-host", type=_positive(int), default=8, help="GPUs of one host")
+    add(
+        "--net",
+        type=_positive(float),
+        metavar="GB/S",
+        help="that a collective over hosts brings one host (bus bandwidth of nccl-tests)",
+    )
+    add("--link", type=_positive(float), metavar="GB/S", help="the same for a GPU within a host")
+    add("--mfu", type=_positive(float), default=0.4, help="part of the nominal FLOP/s reached")
+    add("--max-length", type=_positive(int), default=2048, help="tokens of a sample at most")
+    add("--tokens", type=_positive(float), default=1800, help="of an average sample")
+    add("--answer-tokens", type=_positive(float), default=150)
+    add("--visual-tokens", type=_positive(float), default=1280)
+    add(
+        "--samples",
+        type=_positive(float),
+        nargs=3,
+        default=tuple(PAPER_SAMPLES.values()),
+        help=f"of {stages}; default the paper's",
+    )
+    add(
+        "--global-batch",
+        type=_positive(int),
+        nargs=3,
+        default=tuple(PAPER_BATCH.values()),
+        help=f"of {stages}; default the paper's",
+    )
+    add("--scale", action="store_true", help="the same on 8 to 8192 GPUs")
+    add("--write", type=Path, metavar="FOLDER", help="the fastest as a recipe")
+    add("--paper", action="store_true", help="the paper's pairs beside the paper's own figures")
+    return parser.parse_args(argv)
+
+
+def _positive(kind: type):
+    def read(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())

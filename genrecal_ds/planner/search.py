@@ -1,0 +1,236 @@
+"""Every arrangement of a recipe on a machine: the fastest that fits, and why others do not.
+
+A recipe has one arrangement for all its stages, and a micro-batch for each.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from genrecal_ds.config import Placement, load_ds_config
+from genrecal_ds.flops import Sample
+from genrecal_ds.memory import GIB, Estimate, Load, Zero, estimate
+from genrecal_ds.planner.cost import Machine, Step, micro_steps, step_seconds, wire
+
+Head = Literal["replicated", "gathered", "vocab_parallel"]
+PLACEMENTS: tuple[Placement, ...] = (
+    "zero3", "zero3_host", "zero3_offload", "replica", "replica_int8",
+)  # fmt: skip
+HEADS: tuple[Head, ...] = ("replicated", "vocab_parallel", "gathered")
+SIZES = (1, 2, 4, 8, 16, 32)
+MEMORY_USED = 0.95  # of a GPU's: an allocator leaves holes
+
+
+class Setting(NamedTuple):
+    """The recipe's keys that a plan chooses."""
+
+    placement: Placement = "zero3"
+    cache: bool = False
+    checkpointing: bool = False
+    student_offload: bool = False
+    head: Head = "replicated"
+    forward_batches: int = 1
+
+    @property
+    def where(self) -> str:
+        return f"{self.placement}, then cache" if self.cache else self.placement
+
+
+class Work(NamedTuple):
+    """One stage's: how much of it, and what it needs before anything is arranged."""
+
+    load: Load
+    samples: float
+    global_batch: int
+    sample: Sample
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    load: Load
+    memory: Estimate
+    step: Step
+    steps: float
+    micro_steps: int
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step.whole / 3600
+
+    @property
+    def received(self) -> int:
+        """Bytes that a rank receives in a step."""
+        moved = wire(self.load, 0)
+        forwards = -(-self.micro_steps // self.load.teacher_batches)
+        return forwards * moved.teacher + self.micro_steps * (moved.student + moved.reduced)
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """To be small: time, and of equal times the traffic, which is what a plan knows least."""
+        return round(self.hours, 3), self.received
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """The nearest that a stage came to fitting; needed and there in bytes."""
+
+    kind: str
+    place: Literal["gpu", "host", "batch"]
+    needed: int
+    there: float
+    largest: str
+
+    @property
+    def over(self) -> float:
+        return self.needed / self.there
+
+    def __str__(self) -> str:
+        if self.place == "batch":
+            return f"{self.kind}: a global batch of {self.needed:,} does not divide by the GPUs"
+        return (
+            f"{self.kind}: a {self.place} needs {self.needed / GIB:.1f} of "
+            f"{self.there / GIB:.1f} GiB, most of it for {self.largest}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    setting: Setting
+    stages: dict[str, StagePlan]
+
+    @property
+    def hours(self) -> float:
+        return sum(stage.hours for stage in self.stages.values())
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        traffic = sum(stage.received * stage.steps for stage in self.stages.values())
+        return round(self.hours, 2), traffic
+
+
+def settings() -> Iterator[Setting]:
+    flags = (False, True)
+    counts = SIZES[:5]
+    yield from itertools.starmap(
+        Setting, itertools.product(PLACEMENTS, flags, flags, flags, HEADS, counts)
+    )
+
+
+def arranged(work: Work, kind: str, setting: Setting, micro_batch: int) -> Load:
+    """The stage's load under a setting."""
+    load = work.load
+    if setting.student_offload:
+        zero = Zero.of(load_ds_config("student_zero3_offload"))
+        load = replace(load, student_zero=zero)
+    load = replace(load, checkpointing=setting.checkpointing, micro_batch=micro_batch)
+    if load.teacher is None:
+        return load
+    offload = "_offload" if setting.placement == "zero3_offload" else ""
+    count = micro_steps(load, work.global_batch)
+    return replace(
+        load,
+        placement="cache" if setting.cache and kind == "distill" else setting.placement,
+        teacher_zero=Zero.of(load_ds_config(f"teacher_zero3{offload}")),
+        teacher_batches=min(setting.forward_batches, max(1, count)),
+        head=setting.head,
+    )
+
+
+class Search:
+    """Finds plans for one machine; what does not depend on a setting is calculated once."""
+
+    def __init__(self, works: dict[str, Work], machine: Machine):
+        self.works, self.machine = works, machine
+        self._found: dict[tuple, StagePlan | Misfit] = {}
+
+    def all(self) -> Iterator[Plan | tuple[Setting, Misfit]]:
+        for setting in settings():
+            stages: dict[str, StagePlan] = {}
+            for kind in self.works:
+                found = self.stage(kind, setting)
+                if isinstance(found, Misfit):
+                    yield setting, found
+                    break
+                stages[kind] = found
+            else:
+                yield Plan(setting, stages)
+
+    def by_place(self) -> dict[str, Plan | Misfit]:
+        """For each place of the teacher the fastest plan, or what is nearest to one."""
+        best: dict[str, Plan | Misfit] = {}
+        for found in self.all():
+            setting = found.setting if isinstance(found, Plan) else found[0]
+            own, before = found if isinstance(found, Plan) else found[1], best.get(setting.where)
+            if before is None or _is_better(own, before):
+                best[setting.where] = own
+        return best
+
+    def best(self) -> Plan | None:
+        plans = [found for found in self.all() if isinstance(found, Plan)]
+        return min(plans, key=lambda plan: plan.cost, default=None)
+
+    def stage(self, kind: str, setting: Setting) -> StagePlan | Misfit:
+        """The fastest micro-batch that fits."""
+        work = self.works[kind]
+        own = setting if work.load.teacher else Setting(
+            checkpointing=setting.checkpointing, student_offload=setting.student_offload
+        )  # fmt: skip
+        if kind != "distill":
+            own = own._replace(cache=False)
+        if (kind, own) not in self._found:
+            tried = [self._try(kind, arranged(work, kind, own, size)) for size in SIZES]
+            plans = [found for found in tried if isinstance(found, StagePlan)]
+            self._found[kind, own] = (
+                min(plans, key=lambda plan: plan.cost)
+                if plans
+                else min((m for m in tried if isinstance(m, Misfit)), key=lambda m: m.over)
+            )
+        return self._found[kind, own]
+
+    def _try(self, kind: str, load: Load) -> StagePlan | Misfit:
+        work, gpu = self.works[kind], self.machine.gpu
+        count = micro_steps(load, work.global_batch)
+        if not count:
+            return Misfit(kind, "batch", work.global_batch, 1, "")
+        memory, ranks = estimate(load), min(load.per_host, load.gpus)
+        needs: dict[Literal["gpu", "host"], tuple[int, float]] = {
+            "gpu": (memory.gpu, MEMORY_USED * gpu.gib * GIB),
+            # A host of fewer than eight GPUs has its part of the memory.
+            "host": (memory.host(ranks), gpu.host_gib * GIB * ranks / 8),
+        }
+        for place, (needed, there) in needs.items():
+            if needed > there:
+                return Misfit(kind, place, needed, there, memory.largest(place).name)
+        step = step_seconds(load, work.sample, self.machine, work.global_batch)
+        return StagePlan(load, memory, step, work.samples / work.global_batch, count)
+
+
+def _is_better(own: Plan | Misfit, before: Plan | Misfit) -> bool:
+    if isinstance(own, Plan) and isinstance(before, Plan):
+        return own.cost < before.cost
+    if isinstance(own, Misfit) and isinstance(before, Misfit):
+        return own.over < before.over
+    return isinstance(own, Plan)
+
+
+def at(works: dict[str, Work], gpus: int, per_host: int) -> dict[str, Work]:
+    """The same work on another number of GPUs."""
+    return {
+        kind: work._replace(load=replace(work.load, gpus=gpus, per_host=min(per_host, gpus)))
+        for kind, work in works.items()
+    }
+
+
+def shorter(works: dict[str, Work], max_length: int) -> dict[str, Work]:
+    """The same with samples of at most so many tokens."""
+    return {
+        kind: work._replace(
+            load=replace(
+                work.load,
+                student_tokens=min(work.load.student_tokens, max_length),
+                teacher_tokens=min(work.load.teacher_tokens, max_length),
+            )
+        )
+        for kind, work in works.items()
+    }
