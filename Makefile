@@ -57,7 +57,7 @@ bench-cpu: setup ## the fused operations on this CPU, beside bare GEMMs and the 
 
 bench-teacher: setup ## stage 2 with the teacher in every place; after `make demo`
 	$(IN_VENV) .venv/bin/python -m benchmarks.teacher launch/recipes/demo/genrecal.yaml \
-		runs/demo/genrecal --out benchmarks/results/teacher-cpu.json
+		runs/demo/genrecal --out benchmarks/results/teacher-cpu.json batch.micro_batch=4
 
 bench-gpu: ## the same on a GPU, on PYTHON as it is (torch, triton, transformers); no set-up
 	$(CHOSEN_PYTHON) -m benchmarks.ops --out benchmarks/results/ops-gpu.json

@@ -3,9 +3,9 @@
     python -m benchmarks.teacher RECIPE RUN [--steps 60] [--ranks 2] [--out FILE] [key=value ...]
 
 RUN: a run_dir of the recipe in which align is finished. Runs distill once per variant, in turn,
-twice over; prints and writes the median
-seconds of a step and of its phases, warm-up steps left out. The cached variant is timed from when
-its rows are there; what they took is its own line.
+twice over; prints and writes the median seconds of a step and of its phases, warm-up steps left
+out, and FLOP/s of the teacher's phase and of the rest. The cached variant is timed from when its
+rows are there.
 """
 
 import argparse
@@ -20,11 +20,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
+from genrecal_ds.planner import measured
+
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "zero3": [],
     "zero3, 2 at once": ["teacher.forward_batches=2"],
     "zero3, 4 at once": ["teacher.forward_batches=4"],
+    "zero3_host": ["teacher.placement=zero3_host"],
+    "zero3_offload": ["teacher.placement=zero3_offload"],
     "replica": ["teacher.placement=replica"],
     "cache": ["teacher.cache=CACHE"],
 }
@@ -61,6 +67,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
     ]  # fmt: skip
     steps: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    counted: dict[str, measured.Measured] = {}
     for number in range(ROUNDS):
         for name, own in VARIANTS.items():
             own = [word.replace("CACHE", str(folder / "cache")) for word in own]
@@ -68,6 +75,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
             whole, lines = run(arguments.recipe, arguments.ranks, [*shared, *own], run_dir)
             seconds[name].append(whole)
             steps[name] += lines[WARM_UP:-1]  # the last one holds the validation
+            counted[name] = measured.read(run_dir / "distill")
     found = {}
     for name, lines in steps.items():
         of_step = [line["seconds"] for line in lines]
@@ -78,6 +86,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
         found[name]["samples_per_second"] = lines[0]["tokens"]["samples"] / statistics.median(
             of_step
         )
+        work = counted[name].flops
+        found[name]["gflop_of_a_sample"] = sum(work.values()) / counted[name].samples / 1e9
+        rest = (found[name]["step_ms"] - found[name]["teacher_ms"]) / 1e3
+        found[name]["gflops_but_teacher"] = (sum(work.values()) - work["teacher"]) / rest / 1e9
+        if work["teacher"]:
+            found[name]["gflops_teacher"] = work["teacher"] / found[name]["teacher_ms"] / 1e6
         found[name]["launches_s"] = [round(value, 1) for value in seconds[name]]
     return found
 
@@ -93,13 +107,16 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(arguments, Path(folder))
-    base = found["zero3"]["samples_per_second"]
+    base, work = found["zero3"]["samples_per_second"], found["zero3"]["gflop_of_a_sample"]
     for name, values in found.items():
         phases = "  ".join(f"{p} {values[f'{p}_ms']:.1f}" for p in PHASES)
         print(f"{name:<18} {values['step_ms']:7.1f} ms  x{values['samples_per_second'] / base:.2f}"
+              f" (by FLOPs alone x{work / values['gflop_of_a_sample']:.2f})"
               f"  {phases}")  # fmt: skip
     if arguments.out:
         device = f"{os.cpu_count()}-core {platform.machine()} CPU"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
         result = {"device": device, "ranks": arguments.ranks, "variants": found}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

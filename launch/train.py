@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             recipe.accumulation_steps(stage, int(os.environ.get("WORLD_SIZE", 1)))
         if arguments.dry_run:
             return _dry_run(recipe)
-        return _train(recipe, arguments.stage)
+        return _train(recipe, arguments.stage, arguments.cache_only)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -64,6 +64,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--master_addr", help=argparse.SUPPRESS)  # with --hostfile
     parser.add_argument("--master_port", help=argparse.SUPPRESS)
     parser.add_argument("--stage", help="train this one of the recipe's stages only")
+    parser.add_argument(
+        "--cache-only", action="store_true",
+        help="write the teacher's rows that distill will read (teacher.cache), train nothing",
+    )  # fmt: skip
     parser.add_argument(
         "--trust-checkpoint", action="store_true",
         help="load checkpoints that others own or may write: they are code",
@@ -132,7 +136,7 @@ def _dry_run(recipe: Recipe) -> int:
     return 0
 
 
-def _train(recipe: Recipe, stage: str | None) -> int:
+def _train(recipe: Recipe, stage: str | None, is_cache_only: bool) -> int:
     import yaml
 
     redact_output()
@@ -144,11 +148,15 @@ def _train(recipe: Recipe, stage: str | None) -> int:
     import torch
 
     from genrecal_ds.training import engine
-    from genrecal_ds.training.run import run_recipe
+    from genrecal_ds.training.run import fill_caches, run_recipe
 
     engine.start(recipe.faults.stall_seconds, recipe.run_dir / "logs")
     _check_devices()
     torch.use_deterministic_algorithms(recipe.deterministic)
+    if is_cache_only:
+        fill_caches(recipe, inputs)
+        engine.stop()
+        return 0
     if dist.is_main():
         (recipe.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         tree = redact_tree(recipe.model_dump(mode="json"))

@@ -74,7 +74,7 @@ def read_answers(folder: Path, models: Sequence[str], shards: str) -> list[dict[
         merged.append({
             "number": number, "kind": first["kind"], "question": first["question"],
             "gold": first["gold"],
-            "predictions": {m: (r["prediction"], r["correct"]) for m, r in by_model.items()},
+            "predictions": {m: (r["prediction"], r["score"] == 1) for m, r in by_model.items()},
         })  # fmt: skip
     last = models[-1]
     return sorted(merged, key=lambda record: record["predictions"][last][1])

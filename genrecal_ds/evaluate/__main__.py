@@ -1,8 +1,10 @@
 """Evaluate a model folder on shards.
 
     python -m genrecal_ds.evaluate runs/demo/sft/student runs/demo/data/heldout --out result.json
+    torchrun --nproc_per_node 8 -m genrecal_ds.evaluate ...
 
-Beside result.json goes result.predictions.jsonl, one line per sample.
+Beside result.json goes result.predictions.jsonl, one line per sample. Both are the same on any
+number of ranks. Started again after a kill it goes on.
 """
 
 import argparse
@@ -10,13 +12,14 @@ import hashlib
 import json
 import os
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.evaluate.metrics import is_correct, scores_by_kind
+from genrecal_ds.evaluate.metrics import METRICS, metric_of, named, scores_by_kind
 
 if TYPE_CHECKING:
     from genrecal_ds.data.reader import Sample
@@ -24,69 +27,105 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Path, shards: Path, out: Path, *, limit: int | None = None,
-    batch_size: int = 64, max_new_tokens: int = 32,
+    batch_size: int = 64, max_new_tokens: int = 32, metric: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Generate, score, write out and its predictions; returns what out holds."""
-    import torch
-    from rich.progress import track
+    """Generate, score, write out and its predictions; returns what out holds. A collective.
 
+    metric: one for all kinds, by name; default each kind's own.
+    """
+    from genrecal_ds import dist
     from genrecal_ds.data.index import ShardIndex
     from genrecal_ds.data.reader import ShardReader
-    from genrecal_ds.evaluate.generate import Generator
+    from genrecal_ds.evaluate.predict import discard, join_ranks, predict
 
     if not (model / "config.json").is_file():
         raise UserError(f"{model}: no config.json; name an exported Hugging Face folder")
-    start = time.time()
+    if metric:
+        named(metric)
+    join_ranks()
     reader = ShardReader(ShardIndex.load(shards))
-    samples = [reader.read(i) for i in range(len(reader))[:limit]]
+    samples = [_without_pictures(reader.read(i)) for i in range(len(reader))[:limit]]
+    metrics = {kind: metric or metric_of(kind) for kind in sorted({s.kind for s in samples})}
     for sample in samples:
-        _require_answers(sample)  # before minutes of generation, not after
-    generator = Generator(model, max_new_tokens)
-    predictions: list[str] = []
-    num_batches = -(-len(samples) // batch_size)
-    batches = generator.answers(samples, batch_size)
-    for texts in track(batches, f"{model}", num_batches, disable=not sys.stdout.isatty()):
-        predictions += texts
-    outcomes = [is_correct(s.kind, p, s.answers) for s, p in zip(samples, predictions, strict=True)]
+        _require_answers(sample, metrics[sample.kind])  # before minutes of generation, not after
+    facts = _facts(model, reader.index.fingerprint, batch_size, max_new_tokens)
+    parts = out.with_suffix(".parts")
+    predictions = predict(
+        model, reader, len(samples), parts, facts | {"limit": limit}, batch_size, max_new_tokens
+    )
+    values = [
+        float(METRICS[metrics[sample.kind]](prediction, sample.answers))
+        for sample, prediction in zip(samples, predictions, strict=True)
+    ]
     result = {
-        "scores": scores_by_kind([sample.kind for sample in samples], outcomes),
+        "scores": scores_by_kind([sample.kind for sample in samples], values),
+        "metrics": metrics,
+        **facts,
+    }
+    if dist.is_main():
+        _write(out, result, samples, predictions, values)
+    discard(parts)
+    return result
+
+
+def _without_pictures(sample: "Sample") -> "Sample":
+    """Thousands of decoded pictures would be kept for the time of the scores."""
+    return replace(sample, images=[])
+
+
+def _facts(model: Path, data: str, batch_size: int, max_new_tokens: int) -> dict[str, Any]:
+    """What decides the answers."""
+    import torch
+    from transformers import GenerationConfig
+
+    from genrecal_ds.models.chat import ChatEncoder
+
+    template = ChatEncoder(model, 1 << 20).template
+    config = GenerationConfig()
+    if (model / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(model)
+    return {
         "model": str(model),
         "model_sha256": weights_hash(model),
-        "data": reader.index.fingerprint,
+        "data": data,
         "decoding": {
             "greedy": True, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-            "generation_config": generator.model.generation_config.to_diff_dict(),
+            "generation_config": config.to_diff_dict(),
         },
         "prompt": {
             "turns": "all but the last assistant turn",
-            "chat_template_sha256": hashlib.sha256(generator.encoder.template.encode()).hexdigest(),
+            "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         },
-        "metric": "last words, normalised, exact; boxes IoU >= 0.5; Wilson 95 % interval",
+        "interval": "95 %: Wilson's where all values are 0 or 1, else bootstrap",
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "device": str(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
-        "seconds": round(time.time() - start, 1),
     }  # fmt: skip
+
+
+def _write(
+    out: Path, result: dict[str, Any], samples: "Sequence[Sample]", predictions: Sequence[str],
+    values: Sequence[float],
+) -> None:  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".predictions.jsonl").open("w") as file:
-        for sample, prediction, correct in zip(samples, predictions, outcomes, strict=True):
+        for sample, prediction, value in zip(samples, predictions, values, strict=True):
             record = {
                 "key": sample.key, "kind": sample.kind, "answers": sample.answers,
                 "question": _text(sample.messages[-2]), "gold": _text(sample.messages[-1]),
-                "prediction": prediction, "correct": correct,
+                "prediction": prediction, "score": value,
             }  # fmt: skip
             file.write(json.dumps(record) + "\n")
     # Complete or absent: a runner that finds it takes the model for evaluated.
     temporary = out.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(temporary, out)
-    return result
 
 
-def _require_answers(sample: "Sample") -> None:
+def _require_answers(sample: "Sample", metric: str) -> None:
     """A sample without answers would count as wrong, and a score of 0 would be believed."""
     if not sample.answers:
         raise UserError(f"sample {sample.key}: no answers to score against; build shards with them")
-    is_correct(sample.kind, "", sample.answers)
+    METRICS[metric]("", sample.answers)
 
 
 def _text(message: dict[str, Any]) -> str:
@@ -113,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="only the first samples")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument(
+        "--metric", help=f"for all kinds; default each kind's own: {', '.join(METRICS)}"
+    )
     arguments = parser.parse_args(argv)
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
@@ -121,11 +163,12 @@ def main(argv: list[str] | None = None) -> int:
         result = evaluate(
             arguments.model, arguments.shards, arguments.out, limit=arguments.limit,
             batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
+            metric=arguments.metric,
         )  # fmt: skip
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for kind, s in result["scores"].items():
+    for kind, s in result["scores"].items() if os.environ.get("RANK", "0") == "0" else ():
         print(f"{kind:<16} {s['score']:.3f}  [{s['low']:.3f}, {s['high']:.3f}]  n={s['n']}")
     return 0
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import DataConfig, ModelSource, Recipe, StageConfig, load_ds_config
+from genrecal_ds.config import ModelSource, Recipe, StageConfig, load_ds_config
 from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
@@ -84,20 +84,7 @@ def build_stage(
     clock = Clock()
     encoders = inputs.encoders[stage.needs_teacher]
     with_regular = stage.kind == "align" and stage.losses.regularizer != "none"
-    data: DataConfig = recipe.data
-    folder = stage.data or data.train
-    index = inputs.indices[folder]
-    stage_lengths = inputs.lengths[folder, stage.needs_teacher]
-    order = Order(
-        index.classes,
-        stage_lengths.values,
-        stage_lengths.digest,
-        seed=recipe.seed if stage.seed is None else stage.seed,
-        global_batch=recipe.global_batch(stage),
-        window=data.length_window,
-    )
-    plan = StepPlan(order)
-    validation = inputs.indices[data.validation] if data.validation else None
+    index, plan, validation = _data(recipe, stage, inputs)
     cache = None
     if stage.needs_teacher and recipe.teacher and recipe.teacher.cache:
         cache = Caches.of(recipe, encoders)
@@ -142,6 +129,32 @@ def build_stage(
         clock=clock,
         facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage)},
     )
+
+
+def fill_cache(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> None:
+    """Write what the stage will read in its teacher's place, where it is not there yet."""
+    cache = Caches.of(recipe, inputs.encoders[True])
+    index, plan, validation = _data(recipe, stage, inputs)
+    _cached(cache, recipe, stage, plan, index, validation)
+
+
+def _data(
+    recipe: Recipe, stage: StageConfig, inputs: Inputs
+) -> tuple[ShardIndex, StepPlan, ShardIndex | None]:
+    """(training data, its order, validation data)."""
+    data = recipe.data
+    folder = stage.data or data.train
+    index = inputs.indices[folder]
+    lengths = inputs.lengths[folder, stage.needs_teacher]
+    order = Order(
+        index.classes,
+        lengths.values,
+        lengths.digest,
+        seed=recipe.seed if stage.seed is None else stage.seed,
+        global_batch=recipe.global_batch(stage),
+        window=data.length_window,
+    )
+    return index, StepPlan(order), inputs.indices[data.validation] if data.validation else None
 
 
 def _teacher_in_words(recipe: Recipe, stage: StageConfig) -> str | None:

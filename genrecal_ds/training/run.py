@@ -13,7 +13,7 @@ from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
 from genrecal_ds.errors import UserError
 from genrecal_ds.training import stopping
-from genrecal_ds.training.build import build_stage
+from genrecal_ds.training.build import build_stage, fill_cache
 from genrecal_ds.training.inputs import Inputs
 from genrecal_ds.training.manifest import write_atomically
 from genrecal_ds.training.trainer import Trainer
@@ -41,6 +41,16 @@ def run_recipe(recipe: Recipe, inputs: Inputs, only: str | None = None) -> bool:
     if dist.is_main() and all((recipe.run_dir / s.name / DONE).is_file() for s in recipe.stages):
         write_atomically(recipe.run_dir / DONE, json.dumps({"time": time.time()}) + "\n")
     return True
+
+
+def fill_caches(recipe: Recipe, inputs: Inputs) -> None:
+    """Only the teacher's rows, for the stages that read them: the teacher's part of a run, done
+    where and when it suits. Raises UserError when no stage does."""
+    reading = [stage for stage in recipe.stages if recipe.reads_cache(stage)]
+    if not reading:
+        raise UserError("--cache-only: no distill stage with a teacher.cache; name a folder")
+    for stage in reading:
+        fill_cache(recipe, stage, inputs)
 
 
 def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs, resume: str) -> bool:

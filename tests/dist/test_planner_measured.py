@@ -13,6 +13,7 @@ import torch
 
 from genrecal_ds.config import load_recipe
 from genrecal_ds.memory import CONTEXT_BYTES, Load, estimate
+from genrecal_ds.planner import measured as command
 from genrecal_ds.planner.cost import wire
 from genrecal_ds.training.sizes import load_of
 from launch.demo.pair import build_student, build_teacher
@@ -20,7 +21,7 @@ from tests.fixtures import ROOT, records, run_ranks, texts_of_digits, write_reci
 
 pytestmark = pytest.mark.dist
 
-STEPS = 3
+STEPS = 8
 SMALL = {
     "stage3_prefetch_bucket_size": 100_000, "stage3_param_persistence_threshold": 1000,
     "reduce_bucket_size": 200_000, "stage3_max_reuse_distance": 100_000,
@@ -82,6 +83,11 @@ def test_bytes_held_and_received(
         assert predicted == pytest.approx(held, rel=0.10)
     else:  # as if every row entered the loss: in align, whose graph is the Recalibrator's, much
         assert 0.95 * held < predicted < 1.4 * held
+
+    assert command.main([str(tmp_path / "run" / kind), "--peak", "0.05"]) == 0
+    found = command.read(tmp_path / "run" / kind)
+    assert found.ranks == 2 and found.samples == 32 and found.flops["teacher"] > 0
+    assert command.main([str(tmp_path / "run")]) == 2  # no stage's folder
 
     moved = wire(load)
     phases = {p: v["2"] for p, v in measured["wire"].items() if p not in ("load", "export")}

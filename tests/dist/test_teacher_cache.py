@@ -144,13 +144,16 @@ def test_rows_in_8_bits_change_losses_little_and_are_not_taken_for_exact_ones(
     recipe = make_recipe(tmp_path, pair, shards, [{"kind": "distill", "steps": 4}])
     shared = [recipe, "precision=bf16"]
     cached = [f"teacher.cache={tmp_path}/cache"]
+    # The teacher's part alone, on four ranks; the training then loads no teacher.
+    alone = run_ranks(TRAIN, [*shared, f"run_dir={tmp_path}/none", *cached, "--cache-only"], 4)
+    assert "teacher.cache: about " in alone and not (tmp_path / "none").exists()
     for name, overrides in (
         ("live", []),
         ("exact", cached),
         ("int8", [f"teacher.cache={tmp_path}/small", "teacher.cache_rows=int8"]),
     ):
         output = run_ranks(TRAIN, [*shared, f"run_dir={tmp_path / name}", *overrides])
-        assert ("teacher.cache: about " in output) == (name != "live")
+        assert ("teacher.cache: about " in output) == (name == "int8")
     live, exact, int8 = (
         [line["metrics"] for line in records(tmp_path / name / "distill")]
         for name in ("live", "exact", "int8")

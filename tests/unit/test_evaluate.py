@@ -11,7 +11,14 @@ from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.evaluate.__main__ import main
 from genrecal_ds.evaluate.generate import Generator
-from genrecal_ds.evaluate.metrics import box_iou, exact_match, is_correct, scores_by_kind, wilson
+from genrecal_ds.evaluate.metrics import metric_of, scores_by_kind
+from genrecal_ds.evaluate.metrics.boxes import box_accuracy, box_iou
+from genrecal_ds.evaluate.metrics.chart import relaxed_accuracy
+from genrecal_ds.evaluate.metrics.document import anls, levenshtein
+from genrecal_ds.evaluate.metrics.intervals import bootstrap, score, wilson
+from genrecal_ds.evaluate.metrics.letter import letter_of
+from genrecal_ds.evaluate.metrics.vqa import normalize, vqa_accuracy
+from genrecal_ds.evaluate.metrics.words import exact_match
 from genrecal_ds.export import export
 
 pytestmark = pytest.mark.unit
@@ -44,7 +51,7 @@ pytestmark = pytest.mark.unit
     ],
 )
 def test_exact_match_of_the_last_word(prediction, answers, correct):
-    assert exact_match(prediction, answers) is correct
+    assert exact_match(prediction, answers) == correct
 
 
 def test_boxes_by_intersection_over_union():
@@ -53,14 +60,115 @@ def test_boxes_by_intersection_over_union():
     assert box_iou("0 0 10 10", ["20 20 30 30"]) == 0.0
     assert box_iou("10 10", ["0 0 10 10"]) == 0.0
     assert box_iou("5 5 5 5", ["5 5 5 5"]) == 0.0  # no area, no division by zero
-    assert is_correct("box", "0 0 10 10", ["0 0 10 20"])
-    assert not is_correct("box", "0 0 10 9", ["0 0 10 20"])
+    assert box_accuracy("0 0 10 10", ["0 0 10 20"]) == 1
+    assert box_accuracy("0 0 10 9", ["0 0 10 20"]) == 0
+    assert box_accuracy("", ["0 0 10 20"]) == box_accuracy("no box", ["0 0 10 20"]) == 0
+    # the numbers in brackets, whatever else is counted before them; and others' conventions
+    assert box_accuracy("the 2 dogs: [0.1, 0.1, 0.5, 0.5]", ["[0.1, 0.1, 0.5, 0.5]"]) == 1
+    assert box_accuracy("(100,100,500,500)", ["[0.1, 0.1, 0.5, 0.5]"], "thousandths") == 1
 
 
 @pytest.mark.parametrize("answers", [["1 2"], ["0 0 9 9", "none"]])
 def test_a_gold_box_that_is_none_is_refused(answers):
     with pytest.raises(UserError, match="four numbers"):
         box_iou("0 0 10 10", answers)
+
+
+TEN_YES = ["yes"] * 10
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, official, always",
+    [
+        ("yes", TEN_YES, 1.0, 1.0),
+        ("Yes", TEN_YES, 0.0, 1.0),  # ten equal answers: the official code compares as written
+        ("yes.", TEN_YES, 0.0, 1.0),
+        (" yes\n", TEN_YES, 1.0, 1.0),
+        ("Yes", [*TEN_YES[:9], "no"], 1.0, 1.0),
+        ("no", [*TEN_YES[:9], "no"], 0.3, 0.3),
+        ("no", [*TEN_YES[:8], "no", "no"], 0.6, 0.6),
+        ("no", [*TEN_YES[:7], "no", "no", "no"], 0.9, 0.9),
+        ("no", [*TEN_YES[:6], *["no"] * 4], 1.0, 1.0),
+        ("", TEN_YES, 0.0, 0.0),
+        ("two dogs", [*["2 dogs"] * 9, "a dog"], 1.0, 1.0),
+        ("dont know", [*["don't know"] * 9, "no"], 1.0, 1.0),
+        ("The red-blue one", [*["red blue 1"] * 9, "x"], 1.0, 1.0),
+        ("1,000", [*["1000"] * 9, "x"], 1.0, 1.0),
+    ],
+)
+def test_vqa_accuracy(prediction, answers, official, always):
+    assert vqa_accuracy(prediction, answers, "official") == pytest.approx(official)
+    assert vqa_accuracy(prediction, answers, "always") == pytest.approx(always)
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        ("U.S.A.", "usa"),
+        ("3.5 miles", "3.5 miles"),
+        ("None", "0"),
+        ("It's an Apple!", "it's apple"),
+        ("couldn'tve", "couldn't've"),
+        ("well", "well"),  # not we'll
+        ("left/right", "left right"),
+        ("left / right", "left right"),
+    ],
+)
+def test_vqa_normalisation(text, plain):
+    assert normalize(text) == plain
+
+
+@pytest.mark.parametrize(
+    "prediction, gold, right",
+    [
+        ("10.5", "10", True), ("10.51", "10", False), ("-9.5", "-10", True), ("9.5", "-10", False),
+        ("50%", "0.5", True), ("50", "50%", False), ("0.0", "0", False), ("0", "0", True),
+        ("Yes", "yes", True), ("yes it is", "yes", False), ("", "3", False),
+        ("1,200", "1200", False),
+    ],
+)  # fmt: skip
+def test_relaxed_accuracy(prediction, gold, right):
+    assert relaxed_accuracy(prediction, [gold]) == right
+
+
+def test_anls():
+    assert levenshtein("kitten", "sitting") == 3 and levenshtein("", "ab") == 2
+    assert anls("Hello  World", ["hello world"]) == 1 - 0 / 12
+    assert anls("abcd", ["abxy"]) == 0.5  # exactly one half counts
+    assert anls("abcd", ["axyz"]) == 0.0
+    assert anls("abcd", ["zzzz", "abcx"]) == 0.75  # the nearest of several
+    assert anls("", ["a"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("B", "B"), ("b", "B"), ("(C)", "C"), ("D.", "D"), ("A: a cat", "A"), ("B. two", "B"),
+        ("The answer is (C).", "C"), ("answer: d", None), ("I think it is option B", "B"),
+        ("The correct choice is D because A is wrong", "D"), ("it must be C.", "C"),
+        ("A cat sits there", None), ("", None), ("I am sure", None), ("cab", None),
+        ("Answer is A. No, the answer is B", "B"),
+    ],
+)  # fmt: skip
+def test_letters(text, letter):
+    assert letter_of(text) == letter
+
+
+def test_kinds_have_their_benchmarks_metric():
+    kinds = {
+        "vqav2": "vqa", "okvqa": "vqa", "textvqa": "vqa", "refcoco+_testA": "box",
+        "chartqa_human": "relaxed", "docvqa": "anls", "ai2d": "letter", "row_sum": "words",
+    }  # fmt: skip
+    assert {kind: metric_of(kind) for kind in kinds} == kinds
+
+
+def test_the_bootstrap_interval_is_that_of_the_mean():
+    values = [0.0, 0.3, 0.6, 1.0] * 100
+    low, high = bootstrap(values)
+    spread = 1.96 * (sum((v - 0.475) ** 2 for v in values) / 400) ** 0.5 / 20
+    assert low == pytest.approx(0.475 - spread, abs=0.004) and bootstrap(values) == (low, high)
+    assert high == pytest.approx(0.475 + spread, abs=0.004)
+    assert score([1.0, 0.0])["low"] == wilson(1, 2)[0] and score(values)["low"] == low
 
 
 def test_wilson_interval_equals_published_values():
@@ -99,6 +207,9 @@ def test_command_writes_scores_and_predictions(pair, shards, tmp_path, capsys):
     assert result["scores"]["overall"]["n"] == 5 and len(result["model_sha256"]) == 64
     lines = out.with_suffix(".predictions.jsonl").read_text().splitlines()
     assert len(lines) == 5 and {"question", "gold", "prediction"} <= json.loads(lines[0]).keys()
+    assert set(result["metrics"].values()) == {"words"} and not out.with_suffix(".parts").exists()
+    assert main([*arguments, "--metric", "bleu"]) == 2
+    assert "--metric bleu: there are words, vqa" in capsys.readouterr().err
     assert main(["nowhere", *arguments[1:]]) == 2
     assert "no config.json" in capsys.readouterr().err
     assert result["prompt"]["chat_template_sha256"] and not list(tmp_path.glob("*.tmp"))
