@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from genrecal_ds.errors import UserError
 
 Component = Literal["vision", "projector", "embeddings", "layers", "norm", "head"]
-StageKind = Literal["pretrain", "align", "distill", "sft"]
+# The stages of the method; then baselines with a teacher (objectives/uld.py, logit_kd.py).
+StageKind = Literal["pretrain", "align", "distill", "sft", "uld", "logit_kd"]
 Regularizer = Literal["none", "ce", "kl", "ce+kl", "mse"]
 # Of the teacher's body. zero3: a share per rank, gathered layer by layer; zero3_host: the shares
 # within each host, so that gathering stays inside it (what hpZ is for, without its first copy);
@@ -139,6 +140,10 @@ class LossConfig(Section):
     regularizer: Regularizer = "ce+kl"  # form of the regular pass of stage 1 (Algorithm 2)
     student_ce: float = Field(1.0, ge=0)
     first_token_ce: float = Field(0.0, ge=0)  # extra CE weight on each turn's first answer token
+    # of logit_kd; mix is read by skew_kl and jsd (ops/head_loss/contract.py)
+    divergence: Literal["forward_kl", "reverse_kl", "skew_kl", "jsd"] = "forward_kl"
+    divergence_mix: float = Field(0.1, gt=0, lt=1)
+    temperature: float = Field(1.0, gt=0)
 
 
 class OptimizerConfig(Section):
@@ -191,8 +196,16 @@ class StageConfig(Section):
         return self
 
     @property
-    def needs_teacher(self) -> bool:
+    def has_recalibrator(self) -> bool:
         return self.kind in ("align", "distill")
+
+    @property
+    def is_token_kd(self) -> bool:
+        return self.kind in ("uld", "logit_kd")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.has_recalibrator or self.is_token_kd
 
 
 class DeepSpeedConfig(Section):
@@ -259,6 +272,10 @@ class Recipe(Section):
         for position, stage in enumerate(self.stages):
             if stage.needs_teacher and self.teacher is None:
                 raise ValueError(f"stages.{stage.name}: kind {stage.kind} needs teacher.path")
+            if stage.is_token_kd and self.teacher_head != "replicated":
+                raise ValueError(
+                    f"stages.{stage.name}: {stage.kind} needs teacher_head: replicated"
+                )
             for key in ("student", "recalibrator"):
                 source = getattr(stage, key)
                 if source and source.startswith("stage:") and source[6:] not in names[:position]:
@@ -314,7 +331,8 @@ class Recipe(Section):
         return (
             self.teacher is not None
             and self.teacher.cache is not None
-            and (stage.kind == "distill")
+            and stage.needs_teacher
+            and stage.kind != "align"
         )
 
     def student_source(self, stage: StageConfig) -> str:
@@ -326,9 +344,9 @@ class Recipe(Section):
 
     def recalibrator_source(self, stage: StageConfig) -> str | None:
         """Folder, or stage:NAME, that the Recalibrator is loaded from; None = a fresh one."""
-        if stage.recalibrator or not stage.needs_teacher:
+        if stage.recalibrator or not stage.has_recalibrator:
             return stage.recalibrator
-        earlier = [s for s in self.stages[: self.stages.index(stage)] if s.needs_teacher]
+        earlier = [s for s in self.stages[: self.stages.index(stage)] if s.has_recalibrator]
         return f"stage:{earlier[-1].name}" if earlier else None
 
 

@@ -224,7 +224,7 @@ def _starts(case: Case, stage: StageConfig) -> None:
         with case.report.attempt(f"{key}.student", ONE_RELEASE):
             refuse_other_architecture(stage.student, case.recipe.student.path)
             find_sources(skeleton(stage.student).model, Checkpoint(stage.student))
-    folder = stage.recalibrator if stage.needs_teacher else None
+    folder = stage.recalibrator if stage.has_recalibrator else None
     if folder and not folder.startswith("stage:"):
         with case.report.attempt(f"{key}.recalibrator", "name a stage's result"):
             with torch.device("meta"):

@@ -40,6 +40,9 @@ def of_stage(load: Load, sample: Sample) -> dict[str, float]:
     if load.placement != "cache":
         found["teacher"] = decoder_forward(load.teacher, sample.teacher)
         found["teacher"] += vision_forward(load.teacher, sample.visual)
+    if not load.depth:  # a baseline: the teacher's logits alone
+        found["head"] = head_product(load.teacher, sample.answer)
+        return found
     found["recalibrator"] = recalibrator_forward(load, sample)
     # Into the teacher's rows, frozen, Proj-pre sends no gradient.
     spared = _projection(load, _projected_rows(load, sample))

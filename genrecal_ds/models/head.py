@@ -21,6 +21,7 @@ from genrecal_ds import dist
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.loading import Checkpoint, Source, find_sources
 from genrecal_ds.models.vlm import logit_transform, read_config, skeleton
+from genrecal_ds.ops.gemm import project_, wide
 from genrecal_ds.ops.head_loss import Head, HeadLoss, head_loss
 from genrecal_ds.ops.head_loss.vocab_parallel import all_gather, head_loss_vocab_parallel
 
@@ -48,6 +49,16 @@ class ReplicatedHead:
 
     def loss(self, rows_KNH, teacher_rows_NH, labels_N, ce_weights, kl_weights) -> HeadLoss:
         return head_loss(rows_KNH, teacher_rows_NH, labels_N, self.head, ce_weights, kl_weights)
+
+    @torch.no_grad()
+    def logits(self, rows_nH: Tensor) -> Tensor:
+        """[n, V] in fp32; for a few rows at a time, and for baselines."""
+        weight, bias, scale, softcap, _ = self.head
+        out_nV = rows_nH.new_empty(len(rows_nH), len(weight), dtype=wide(rows_nH))
+        project_(out_nV, rows_nH, weight)
+        out_nV = out_nV if bias is None else out_nV + bias
+        out_nV = out_nV * scale
+        return out_nV if softcap is None else softcap * torch.tanh(out_nV / softcap)
 
 
 class GatheredHead:

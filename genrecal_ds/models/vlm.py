@@ -67,6 +67,10 @@ class LanguageHead(nn.Linear):
         head = Head(self.weight, self.bias, *self.transform)
         return linear_cross_entropy(rows, labels_N, head, row_weights_N)
 
+    def logits(self, rows: Tensor) -> Tensor:
+        """What the model says of rows [.., D]: its transform included."""
+        return _transformed(self(rows), self.transform)
+
 
 class VLM(nn.Module):
     """A transformers model split into body and head. Parameter names are `model.<HF name>`."""

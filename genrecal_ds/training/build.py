@@ -26,7 +26,7 @@ from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import load_final_norm, place_frozen_head
+from genrecal_ds.models.head import ReplicatedHead, load_final_norm, place_frozen_head
 from genrecal_ds.models.loading import Checkpoint, find_sources
 from genrecal_ds.models.lora import add_adapters, merged
 from genrecal_ds.models.recalibrator import (
@@ -38,7 +38,10 @@ from genrecal_ds.models.recalibrator import (
 from genrecal_ds.models.replica import load_replica
 from genrecal_ds.models.vlm import VLM, TeacherBody, read_config, skeleton
 from genrecal_ds.objectives.genrecal import GenRecal
+from genrecal_ds.objectives.logit_kd import divergence
 from genrecal_ds.objectives.supervised import Supervised
+from genrecal_ds.objectives.token_kd import TokenKD
+from genrecal_ds.objectives.uld import sorted_distance
 from genrecal_ds.training.engine import (
     StudentEngine,
     Teacher,
@@ -102,7 +105,8 @@ def build_stage(
     torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
     student = load_student(student_folder, recipe)
     freeze(student, stage)
-    objective = _objective(recipe, stage, student, recalibrator_folder, clock)
+    vocabulary = len(encoders.student.tokenizer)
+    objective = _objective(recipe, stage, student, recalibrator_folder, vocabulary, clock)
     teacher: Teacher | TeacherFromCache | None = None
     if stage.needs_teacher:
         teacher = TeacherFromCache() if is_cached else load_teacher(recipe)
@@ -285,14 +289,26 @@ def load_vlm_sharded(
 
 
 def _objective(
-    recipe: Recipe, stage: StageConfig, student: VLM, recalibrator_folder: Path | None, clock: Clock
+    recipe: Recipe,
+    stage: StageConfig,
+    student: VLM,
+    recalibrator_folder: Path | None,
+    vocabulary: int,
+    clock: Clock,
 ) -> nn.Module:
-    if not STAGES[stage.kind].recalibrator:
+    """vocabulary: tokens that the student's tokenizer has."""
+    if not stage.needs_teacher:
         return Supervised(student, stage.losses, clock)
     assert recipe.teacher is not None
     head = place_frozen_head(
         recipe.teacher.path, DTYPES[recipe.precision], dist.device(), recipe.teacher_head
     )
+    if stage.is_token_kd:
+        assert isinstance(head, ReplicatedHead)  # a rule of config.Recipe
+        distance = sorted_distance
+        if stage.kind == "logit_kd":
+            distance = divergence(stage.losses, vocabulary)
+        return TokenKD(student, head, stage.losses, distance, clock)
     recalibrator = new_recalibrator(recipe, student)
     if recalibrator_folder:
         load_recalibrator(recalibrator, recalibrator_folder)

@@ -8,6 +8,7 @@ from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.lengths import Lengths
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.store import ShardStore
+from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.families import Family
 from genrecal_ds.models.remote import allow
@@ -33,6 +34,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
         assert recipe.teacher is not None  # a rule of config.Recipe
         teacher = ChatEncoder(recipe.teacher.path, recipe.teacher.max_length)
         encoders[True] = PairEncoders(student, teacher, recipe.data.too_long)
+        _refuse_two_tokenizers(recipe, student, teacher)
     folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
     indices = {folder: ShardIndex.load(store_of(folder, recipe)) for folder in folders if folder}
     found: dict[tuple[str, bool], Lengths] = {}
@@ -41,6 +43,17 @@ def open_inputs(recipe: Recipe) -> Inputs:
         if key not in found:
             found[key] = _lengths(indices[key[0]], encoders, stage.needs_teacher, recipe)
     return Inputs(encoders, indices, found)
+
+
+def _refuse_two_tokenizers(recipe: Recipe, student: ChatEncoder, teacher: ChatEncoder) -> None:
+    """logit_kd compares the probabilities of equal ids."""
+    for stage in recipe.stages:
+        if stage.kind == "logit_kd":
+            if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+                raise UserError(
+                    f"stages.{stage.name}: logit_kd needs one tokenizer, and teacher.path and "
+                    "student.path have two; take distill or uld"
+                )
 
 
 def allow_code(source: ModelSource) -> None:

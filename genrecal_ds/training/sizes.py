@@ -10,7 +10,7 @@ from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, skeleton
 from genrecal_ds.training.build import describe
-from genrecal_ds.training.stages import STAGES, freeze, trained_components
+from genrecal_ds.training.stages import freeze, trained_components
 
 
 def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Load:
@@ -34,12 +34,11 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
         "trains_head": student.head.weight.requires_grad,
         "checkpointing": recipe.student.gradient_checkpointing,
     }
-    if not STAGES[stage.kind].recalibrator:
+    if not stage.needs_teacher:
         return Load(**shared, trained=trained)
     assert recipe.teacher is not None  # a rule of config.Recipe
-    recalibrator = next(
-        count for part, count, _ in describe(recipe, stage) if part == "recalibrator"
-    )
+    parts = {part: count for part, count, _ in describe(recipe, stage)}
+    recalibrator = parts.get("recalibrator", 0)
     zero = Zero.of(load_ds_config(recipe.teacher_ds_config))
     # Rounded: an estimate is of use also where the batch does not divide yet.
     micro_steps = max(1, recipe.global_batch(stage) // (recipe.micro_batch(stage) * gpus))
@@ -56,7 +55,7 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
         teacher_batches=min(recipe.teacher.forward_batches, micro_steps),
         head=recipe.teacher_head,
         recalibrator=recalibrator,
-        depth=chosen.depth,
+        depth=chosen.depth if recalibrator else 0,
         packed_recalibrator=choose_blocks(family, chosen.blocks, chosen.attention) is not None,
         passes=2 if regular else 1,
     )

@@ -12,13 +12,18 @@ class StageFacts(NamedTuple):
     recalibrator: bool  # whether it exists, and trains
 
 
+_ALL_BUT_VISION = tuple(component for component in COMPONENTS if component != "vision")
+
 # Stage 2 leaves the input embeddings and the head alone, so that tied and untied students behave
-# alike; gradients flow through the frozen head. Stage 3 trains all but the vision encoder.
+# alike; gradients flow through the frozen head. Stage 3 trains all but the vision encoder, and so
+# do the baselines.
 STAGES: dict[str, StageFacts] = {
     "pretrain": StageFacts(COMPONENTS, recalibrator=False),
     "align": StageFacts((), recalibrator=True),
     "distill": StageFacts(("layers", "norm"), recalibrator=True),
-    "sft": StageFacts(tuple(c for c in COMPONENTS if c != "vision"), recalibrator=False),
+    "sft": StageFacts(_ALL_BUT_VISION, recalibrator=False),
+    "uld": StageFacts(_ALL_BUT_VISION, recalibrator=False),
+    "logit_kd": StageFacts(_ALL_BUT_VISION, recalibrator=False),
 }
 
 

@@ -43,9 +43,32 @@ class Reference:
                 total = total + self.student_ce(z_s, pair.student) / student_tokens
             if pair.teacher is not None:
                 teacher_tokens += sum(end - start for start, end in pair.teacher.answers)
+        if self.stage in ("uld", "logit_kd"):
+            for pair in pairs:
+                total = total + self.token_distances(pair) / student_tokens
         if self.recalibrator is not None:
             for pair in pairs:
                 total = total + self.teacher_terms(pair) / teacher_tokens
+        return total
+
+    def token_distances(self, pair) -> torch.Tensor:
+        """Sums over the tokens that both sides have of a turn, one by one."""
+        with torch.no_grad():
+            z_l = self.hidden(self.teacher, pair.teacher)
+        z_s = self.hidden(self.student, pair.student)
+        total = torch.zeros((), dtype=torch.float64)
+        for (s0, s1), (t0, t1) in zip(pair.student.answers, pair.teacher.answers, strict=True):
+            for place in range(min(s1 - s0, t1 - t0)):
+                q = self.student.lm_head(z_s[s0 - 1 + place]).softmax(-1)
+                p = self.teacher.lm_head(z_l[t0 - 1 + place]).softmax(-1)
+                if self.stage == "logit_kd":
+                    total = total + (q * (q / p).log()).sum()  # the recipe says reverse_kl
+                    continue
+                longest = max(len(p), len(q))
+                p_sorted, q_sorted = (
+                    torch.cat([v, v.new_zeros(longest - len(v))]).sort().values for v in (p, q)
+                )
+                total = total + (p_sorted - q_sorted).abs().sum()
         return total
 
     def student_ce(self, z_s: torch.Tensor, chat) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Two ranks, two accumulation steps: gradients of every stage equal plain torch."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -10,9 +12,10 @@ from genrecal_ds.data.plan import PADDING
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.training.inputs import open_inputs
+from launch.demo.pair import build_teacher
 from tests.dist.reference import Reference
 from tests.dist.slots import steps_of
-from tests.fixtures import ROOT, partitioning_ds_configs, run_ranks, write_recipe
+from tests.fixtures import ROOT, partitioning_ds_configs, run_ranks, texts_of_digits, write_recipe
 
 pytestmark = pytest.mark.dist
 
@@ -29,7 +32,7 @@ def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_
         optimizer={"lr": 1e-3, "clip": 0.0},
         deepspeed=partitioning_ds_configs(folder),
         log={"gradient_norms_every": 1},  # the probe must leave no gradient behind
-        stages=[{"kind": kind, "steps": 2}],
+        stages=[{"kind": kind, "steps": 2, "losses": {"divergence": "reverse_kl"}}],
     )  # fmt: skip
 
 
@@ -53,7 +56,7 @@ def reference_gradients(recipe_path, kind, result):
     teacher = load(recipe.teacher.path, dtype=torch.float64).requires_grad_(False)
     student = load(recipe.student.path, dtype=torch.float64).requires_grad_(False)
     recalibrator = None
-    if kind != "sft":
+    if kind in ("align", "distill"):
         width = teacher.config.get_text_config().hidden_size
         recalibrator = Recalibrator(student.config.get_text_config(), width).double()
     modules = {"student.model.": student, "recalibrator.": recalibrator}
@@ -80,11 +83,17 @@ LEAN = {"pack": True, "gradient_checkpointing": True}
      ("distill", "student_init", "replicated", {}, {}),
      ("distill", "student_untied", "gathered", {"placement": "replica"}, LEAN),
      ("sft", "student_init", "replicated", {}, LEAN),
-     ("sft", "student_untied", "replicated", {}, {})],
+     ("sft", "student_untied", "replicated", {}, {}),
+     ("uld", "student_init", "replicated", {}, LEAN),
+     ("logit_kd", "twin", "replicated", {}, {})],
 )  # fmt: skip
 def test_gradients_equal_plain_torch(
     tmp_path, pair, shards, kind, student, head, teacher_keys, student_keys
 ):
+    if student == "twin":  # a smaller model with the teacher's tokenizer
+        pair_folder, pair = pair / "teacher_init", tmp_path
+        shutil.copytree(pair_folder, tmp_path / "teacher_init")
+        build_teacher(texts_of_digits(), pair / "twin", width=64, layers=2)
     recipe = recipe_for(tmp_path, pair, shards, student, kind, head, teacher_keys, student_keys)
     run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, kind, tmp_path / "result.pt"])
     result = torch.load(tmp_path / "result.pt")
@@ -98,6 +107,7 @@ def test_gradients_equal_plain_torch(
         assert error < 1e-5, f"{name}: relative error {error:.2e}"
     assert {name.split(".")[0] for name in result["gradients"]} == {
         "align": {"recalibrator"}, "distill": {"student", "recalibrator"}, "sft": {"student"},
+        "uld": {"student"}, "logit_kd": {"student"},
     }[kind]  # fmt: skip
     assert result["still_whole"] == [], "parameters stay gathered after the step"
 

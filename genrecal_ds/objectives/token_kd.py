@@ -1,0 +1,90 @@
+"""Baselines that compare the student's own distributions with the teacher's, token by token.
+
+    CE(head_s(z_s), gt_s) + losses.kl D(head_l(z_l), head_s(z_s))
+
+The i-th token of a turn's answer stands beside the teacher's i-th; what one side has more of is
+left out. D is given: uld.py for two tokenizers, logit_kd.py for one. Both means are over the
+student's answer tokens of the whole step.
+
+Shapes: B conversations, S student length, D student width, M student loss rows, N teacher loss
+rows, H teacher width, V student's and W teacher's vocabulary, n rows of a chunk.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from genrecal_ds.config import LossConfig
+from genrecal_ds.data.batch import IGNORE, PairBatch
+from genrecal_ds.metrics import Clock, Report
+from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.vlm import VLM
+from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.supervised import student_ce
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # (logits [n, V], teacher's [n, W]) -> [n]
+CHUNK_ROWS = 256
+
+
+class TokenKD(nn.Module):
+    """Owns the student. The teacher's head is plain tensors, frozen (models/head.py)."""
+
+    def __init__(
+        self,
+        student: VLM,
+        teacher_head: ReplicatedHead,
+        losses: LossConfig,
+        distance: Distance,
+        clock: Clock | None = None,
+    ):
+        super().__init__()
+        self.student, self.teacher_head, self.losses = student, teacher_head, losses
+        self.distance, self.clock = distance, clock or Clock()
+
+    def forward(
+        self, batch: PairBatch, teacher_rows: TeacherRows, totals: Totals, probe: bool = False
+    ) -> tuple[Tensor, Report]:
+        report, student = Report(), batch.student
+        with self.clock.phase("student"):
+            hidden_BSD = self.student.body(*student.inputs)
+        with self.clock.phase("head"):
+            ce_sum, ce_M = student_ce(self.student, hidden_BSD, student, self.losses)
+            valid_M = student.labels_M != IGNORE
+            report.add_rows("student_ce", ce_M, student.boundary_M, valid_M)
+            index_M, is_paired_M = paired_rows(batch)
+            rows_MD = hidden_BSD.flatten(0, 1).index_select(0, student.rows_M)
+            # One call, whatever the number of rows: ranks gather the head as often as each other.
+            logits_MV = self.student.head.logits(rows_MD)
+            targets_MH = teacher_rows.targets_NH.index_select(0, index_M)
+            distance_M = self._distances(logits_MV, targets_MH) * is_paired_M
+            report.add_rows("kd", distance_M, student.boundary_M, is_paired_M)
+        loss_sum = ce_sum + self.losses.kl * distance_M.sum()
+        return loss_sum / totals.student_rows, report
+
+    def _distances(self, logits_MV: Tensor, targets_MH: Tensor) -> Tensor:
+        """Computed again in backward, chunk by chunk: no more than a chunk's probabilities live."""
+
+        def of_chunk(logits_nV: Tensor, targets_nH: Tensor) -> Tensor:
+            return self.distance(logits_nV.float(), self.teacher_head.logits(targets_nH))
+
+        chunks = zip(logits_MV.split(CHUNK_ROWS), targets_MH.split(CHUNK_ROWS), strict=True)
+        return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def paired_rows(batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """(teacher's row [M] at the same place of the same turn, whether there is one [M] bool)."""
+    assert batch.teacher is not None
+    starts, teacher_starts = (
+        boundary.nonzero().flatten()
+        for boundary in (batch.student.boundary_M, batch.teacher.boundary_N)
+    )
+    turn_M = batch.student.boundary_M.cumsum(0) - 1
+    num_teacher_rows = len(batch.teacher.labels_N)
+    lengths = torch.diff(teacher_starts, append=teacher_starts.new_tensor([num_teacher_rows]))
+    place_M = torch.arange(len(turn_M), device=turn_M.device) - starts[turn_M]
+    is_there_M = place_M < lengths[turn_M]
+    index_M = teacher_starts[turn_M] + place_M.where(is_there_M, 0)
+    is_taught_M = (batch.student.labels_M != IGNORE) & (batch.teacher.labels_N[index_M] != IGNORE)
+    return index_M, is_there_M & is_taught_M

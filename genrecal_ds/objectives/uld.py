@@ -1,0 +1,20 @@
+"""Universal Logit Distillation, for any two tokenizers (Boizard et al., arXiv 2402.12030).
+
+    D(s, t) = sum_i | sort(softmax t)_i - sort(softmax s)_i |
+
+Both sorted downwards, the shorter filled up with zeros: the cost of carrying one distribution
+onto the other when every two tokens are equally far apart. Their weight is 1.5 (losses.kl).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sorted_distance(logits_nV: Tensor, teacher_nW: Tensor) -> Tensor:
+    """[n], 0 to 2."""
+    student, teacher = (
+        logits.softmax(-1).sort(-1, descending=True).values for logits in (logits_nV, teacher_nW)
+    )
+    longest = max(student.shape[-1], teacher.shape[-1])
+    student, teacher = (F.pad(p, (0, longest - p.shape[-1])) for p in (student, teacher))
+    return (teacher - student).abs().sum(-1)
