@@ -79,7 +79,7 @@ setup(
         ]
     ),
     package_data={
-        "genrecal_ds": ["py.typed"],
+        "genrecal_ds": ["py.typed", "planner/models/*.json"],
         "ds_configs": ["*.json"],
         "launch": [
             "recipes/**/*.yaml",

@@ -57,7 +57,7 @@ def models(case: Case) -> None:
     from genrecal_ds.models.packing import OURS
     from genrecal_ds.models.processors import backend
     from genrecal_ds.models.replica import int8_quantizer
-    from genrecal_ds.training.build import describe_blocks
+    from genrecal_ds.training.describe import describe_blocks
     from genrecal_ds.training.inputs import allow_code
     from genrecal_ds.training.sizes import body_of
 
@@ -197,7 +197,7 @@ def all_lengths(case: Case) -> None:
 
 def stages(case: Case) -> None:
     """What trains, and what a stage starts from."""
-    from genrecal_ds.training.build import freeze_map
+    from genrecal_ds.training.describe import freeze_map
 
     for stage in case.recipe.stages:
         key = f"stages.{stage.name}"
@@ -217,7 +217,7 @@ def _starts(case: Case, stage: StageConfig) -> None:
     from genrecal_ds.models.loading import Checkpoint, find_sources
     from genrecal_ds.models.recalibrator import check_recalibrator
     from genrecal_ds.models.vlm import skeleton
-    from genrecal_ds.training.build import refuse_other_architecture, unfilled_recalibrator
+    from genrecal_ds.training.weights import refuse_other_architecture, unfilled_recalibrator
 
     key = f"stages.{stage.name}"
     if stage.student and not stage.student.startswith("stage:"):

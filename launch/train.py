@@ -124,7 +124,7 @@ def _check_versions() -> None:
 def _dry_run(recipe: Recipe) -> int:
     import yaml
 
-    from genrecal_ds.training.build import describe_blocks, freeze_map
+    from genrecal_ds.training.describe import describe_blocks, freeze_map
     from genrecal_ds.training.inputs import open_inputs
 
     open_inputs(recipe)

@@ -98,7 +98,7 @@ def _student_gathered(load: Load) -> int:
 
 
 def step_seconds(load: Load, sample: flops.Sample, machine: Machine, global_batch: int) -> Step:
-    """Raises ZeroDivisionError for a batch that does not divide: see micro_steps."""
+    """Of a batch that divides: see micro_steps."""
     gpu, count = machine.gpu, micro_steps(load, global_batch)
     assert count, "asked for only where the batch divides"
     moved, found = wire(load, sample.answer), flops.of_stage(load, sample)

@@ -4,7 +4,7 @@ The only place where models, data and engines meet.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,27 +16,21 @@ from safetensors import SafetensorError
 from torch import nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import ModelSource, Recipe, StageConfig, load_ds_config
+from genrecal_ds.config import Recipe, StageConfig, load_ds_config
 from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
 from genrecal_ds.data.plan import PADDING, Order, StepPlan
-from genrecal_ds.errors import UserError
 from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
-from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_final_norm, place_frozen_head
-from genrecal_ds.models.loading import Checkpoint, find_sources
-from genrecal_ds.models.lora import add_adapters, merged
+from genrecal_ds.models.head import ReplicatedHead, place_frozen_head
+from genrecal_ds.models.lora import merged
 from genrecal_ds.models.recalibrator import (
-    Recalibrator,
-    choose_blocks,
     load_recalibrator,
     save_recalibrator,
 )
-from genrecal_ds.models.replica import load_replica
-from genrecal_ds.models.vlm import VLM, TeacherBody, read_config, skeleton
+from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.logit_kd import divergence
 from genrecal_ds.objectives.supervised import Supervised
@@ -45,18 +39,20 @@ from genrecal_ds.objectives.uld import sorted_distance
 from genrecal_ds.training.engine import (
     StudentEngine,
     Teacher,
-    TeacherEngine,
-    TeacherReplica,
-    build_sharded,
-    load_sharded,
     monitor_config,
 )
 from genrecal_ds.training.inputs import Inputs
 from genrecal_ds.training.progress import host_memory_gib
-from genrecal_ds.training.stages import STAGES, freeze
+from genrecal_ds.training.stages import freeze
 from genrecal_ds.training.teacher_cache import Caches, TeacherFromCache
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from genrecal_ds.training.weights import (
+    DTYPES,
+    load_student,
+    load_teacher,
+    new_recalibrator,
+    refuse_other_architecture,
+    teacher_width,
+)
 
 
 @dataclass
@@ -98,7 +94,7 @@ def build_stage(
 
     writer = None
     if cache and not is_cached:
-        width = _teacher_width(recipe)
+        width = teacher_width(recipe)
         writer = cache.writer_with_room(index, _samples_of(stage, plan, index), width)
 
     refuse_other_architecture(student_folder, recipe.student.path)
@@ -180,7 +176,7 @@ def _cached(
             needed = [(index, np.union1d(samples, shown))]
         else:
             needed.append((validation, shown))
-    width = _teacher_width(recipe)
+    width = teacher_width(recipe)
     cache.fill(needed, width, lambda: load_teacher(recipe))
     reading = [cache.reading(of, width, DTYPES[recipe.precision]) for of, _ in needed]
     return reading[0], reading[-1]
@@ -194,11 +190,6 @@ def _samples_of(stage: StageConfig, plan: StepPlan, index: ShardIndex) -> np.nda
     steps = range(math.ceil(epochs * plan.steps_per_epoch))
     slots = np.concatenate([plan.slots(step) for step in steps])
     return np.unique(slots[slots != PADDING])
-
-
-def _teacher_width(recipe: Recipe) -> int:
-    assert recipe.teacher is not None
-    return read_config(recipe.teacher.path).get_text_config().hidden_size
 
 
 def _facts(encoders: PairEncoders) -> dict[str, Any]:
@@ -219,73 +210,6 @@ def _check_logits(vlm: VLM, encoder: ChatEncoder) -> None:
         [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns], []
     )
     vlm.check(chat.input_ids_T[None].to(dist.device()))
-
-
-def refuse_other_architecture(folder: str | Path, own: Path) -> None:
-    """A stage's student is read by the recipe's tokenizer and processor. Raises UserError."""
-    shapes, own_shapes = (
-        {name: parameter.shape for name, parameter in skeleton(path).named_parameters()}
-        for path in (folder, own)
-    )
-    if shapes != own_shapes:
-        raise UserError(
-            f"{folder} is of another architecture than student.path, whose tokens it would be "
-            "taught; name a result of this student"
-        )
-
-
-def load_student(folder: Path, recipe: Recipe) -> VLM:
-    """The whole student, sharded."""
-    student = load_vlm_sharded(folder, recipe.deepspeed.student, recipe.precision, recipe.student)
-    if recipe.student.lora:
-        add_adapters(student, recipe.student.lora)
-    if recipe.student.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return student
-
-
-def load_teacher(recipe: Recipe) -> Teacher:
-    """The teacher's frozen body: sharded, in an engine of its own, or whole on every rank."""
-    assert recipe.teacher is not None
-    source = recipe.teacher
-    if source.is_sharded:
-        name = recipe.teacher_ds_config
-        group = dist.host_group() if source.placement == "zero3_host" else None
-        vlm = load_vlm_sharded(source.path, name, recipe.precision, source, group)
-        return TeacherEngine(TeacherBody(vlm), load_ds_config(name), recipe.precision)
-    vlm = load_replica(
-        source.path, DTYPES[recipe.precision], dist.device(),
-        source.placement == "replica_int8", source.pack, source.attention,
-    )  # fmt: skip
-    if source.compile:
-        vlm.compile_blocks()
-    return TeacherReplica(TeacherBody(vlm))
-
-
-def load_vlm_sharded(
-    folder: str | Path,
-    ds_name: str,
-    precision: str,
-    source: ModelSource | None = None,
-    group: torch.distributed.ProcessGroup | None = None,
-) -> VLM:
-    """A whole VLM from its folder; each rank holds, and reads, only its own share.
-
-    source: the recipe's word on packing and attention; the folder may be a later stage's.
-    group: the ranks that share it; default all.
-    """
-    options = (source.pack, source.attention) if source else ()
-    vlm = build_sharded(
-        lambda: VLM.from_config(folder, DTYPES[precision], *options),
-        load_ds_config(ds_name),
-        precision,
-        group,
-    )
-    sources = find_sources(skeleton(folder).model, Checkpoint(folder))
-    load_sharded(
-        (parameter, sources[name].flat_range) for name, parameter in vlm.model.named_parameters()
-    )
-    return vlm
 
 
 def _objective(
@@ -317,26 +241,6 @@ def _objective(
     )
 
 
-def new_recalibrator(recipe: Recipe, student: VLM) -> Recalibrator:
-    """A fresh Recalibrator, whole; the engine shards it."""
-    assert recipe.teacher is not None
-    recalibrator = unfilled_recalibrator(recipe, student, DTYPES[recipe.precision])
-    check_backend(recipe.recalibrator.attention, dist.device(), DTYPES[recipe.precision])
-    std = getattr(student.text_config, "initializer_range", 0.02)
-    recalibrator.initialize(std, load_final_norm(recipe.teacher.path))
-    return recalibrator
-
-
-def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> Recalibrator:
-    """The recipe's, with values that are not meant to be used."""
-    assert recipe.teacher is not None
-    width = _teacher_width(recipe)
-    chosen = recipe.recalibrator
-    return Recalibrator(
-        student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention
-    )
-
-
 def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[Path], None]:
     def write(folder: Path, student: dict[str, Any], recalibrator: dict[str, Any]) -> None:
         write_student(engine.module.student.model, student, source, folder / "student")
@@ -359,44 +263,3 @@ def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[
         dist.raise_together(failure)
 
     return export
-
-
-def describe_blocks(recipe: Recipe) -> str:
-    """Which blocks and attention the Recalibrator runs. Raises UserError if it cannot."""
-    text_config = read_config(recipe.student.path).get_text_config()
-    choice, family = recipe.recalibrator, text_config.model_type
-    attention = choose_blocks(family, choice.blocks, choice.attention)
-    if attention is None:
-        return f"transformers' own {family} blocks, sequences padded"
-    return f"packed {family} blocks, attention {attention}"
-
-
-def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int]]:
-    """(part, parameters, how many of them train) of a stage, on the meta device: needs no memory
-    and no weights."""
-    with torch.device("meta"):
-        student = VLM.from_config(recipe.student.path, torch.float32)
-        if recipe.student.lora:
-            add_adapters(student, recipe.student.lora)
-        freeze(student, stage)
-        counts: dict[str, list[int]] = {}
-        for _, parameter, component in student.components():
-            total, trained = counts.setdefault(component, [0, 0])
-            counts[component] = [
-                total + parameter.numel(),
-                trained + parameter.numel() * parameter.requires_grad,
-            ]
-        for component, (total, trained) in counts.items():
-            yield f"student.{component}", total, trained
-        if STAGES[stage.kind].recalibrator:
-            recalibrator = unfilled_recalibrator(recipe, student, torch.float32)
-            total = sum(parameter.numel() for parameter in recalibrator.parameters())
-            yield "recalibrator", total, total
-
-
-def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
-    """describe as lines, for people."""
-    yield f"stage {stage.name} ({stage.kind})"
-    for part, count, trained in describe(recipe, stage):
-        word = {count: "trains", 0: "frozen"}.get(trained, f"{trained:,} train: adapters")
-        yield f"  {part:<20} {count:>15,} parameters  {word}"

@@ -9,7 +9,7 @@ from genrecal_ds.memory import Decoder, Load, Model, Zero
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, skeleton
-from genrecal_ds.training.build import describe
+from genrecal_ds.training.describe import describe
 from genrecal_ds.training.stages import freeze, trained_components
 
 

@@ -13,7 +13,7 @@ from genrecal_ds import dist
 from genrecal_ds.models.loading import Checkpoint
 from genrecal_ds.models.vlm import auto_class, read_config
 from genrecal_ds.training import engine
-from genrecal_ds.training.build import DTYPES, load_vlm_sharded
+from genrecal_ds.training.weights import DTYPES, load_vlm_sharded
 
 
 def check(folder: str, precision: str) -> None:

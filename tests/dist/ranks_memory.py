@@ -10,7 +10,7 @@ from pathlib import Path
 
 from genrecal_ds import dist
 from genrecal_ds.training import engine
-from genrecal_ds.training.build import load_vlm_sharded
+from genrecal_ds.training.weights import load_vlm_sharded
 
 SLACK = 16 << 20  # libraries that load on the way, and the allocator's own
 

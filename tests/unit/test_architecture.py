@@ -132,14 +132,16 @@ def test_export_knows_checkpoints_only_and_not_at_import_time():
     assert not any(is_in(name, "genrecal_ds.training") for name in eager)
 
 
-def test_doctor_knows_how_stages_are_built_and_not_at_import_time():
+def test_doctor_and_planner_know_how_stages_are_built_and_not_at_import_time():
     """As --dry-run does: to share what it prints, and to refuse a recipe before torch is there."""
-    doctor = ROOT / "genrecal_ds/doctor.py"
-    training = {name for name in imported(doctor) if is_in(name, "genrecal_ds.training")}
-    allowed = {f"genrecal_ds.training.{name}" for name in ("build", "inputs", "sizes")}
-    assert all(is_in(name, allowed) for name in training)
-    eager = imported(doctor, at_import_time=True)
-    assert not any(is_in(name, "genrecal_ds.training") for name in eager)
+    rooms = {"doctor.py": ("describe", "inputs", "sizes", "weights"), "planner": ("sizes",)}
+    for room, allowed in rooms.items():
+        for path in sources(f"genrecal_ds/{room}"):
+            training = {name for name in imported(path) if is_in(name, "genrecal_ds.training")}
+            names = {f"genrecal_ds.training.{name}" for name in allowed}
+            assert all(is_in(name, names) for name in training)
+            eager = imported(path, at_import_time=True)
+            assert not any(is_in(name, "genrecal_ds.training") for name in eager)
 
 
 def test_ops_import_torch_only():

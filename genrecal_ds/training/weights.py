@@ -1,0 +1,117 @@
+"""Both models and the Recalibrator as a stage runs them: sharded or whole, filled or not."""
+
+from pathlib import Path
+
+import torch
+
+from genrecal_ds import dist
+from genrecal_ds.config import ModelSource, Recipe, load_ds_config
+from genrecal_ds.errors import UserError
+from genrecal_ds.models.attention import check_backend
+from genrecal_ds.models.head import load_final_norm
+from genrecal_ds.models.loading import Checkpoint, find_sources
+from genrecal_ds.models.lora import add_adapters
+from genrecal_ds.models.recalibrator import Recalibrator
+from genrecal_ds.models.replica import load_replica
+from genrecal_ds.models.vlm import VLM, TeacherBody, read_config, skeleton
+from genrecal_ds.training.engine import (
+    Teacher,
+    TeacherEngine,
+    TeacherReplica,
+    build_sharded,
+    load_sharded,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def refuse_other_architecture(folder: str | Path, own: Path) -> None:
+    """A stage's student is read by the recipe's tokenizer and processor. Raises UserError."""
+    shapes, own_shapes = (
+        {name: parameter.shape for name, parameter in skeleton(path).named_parameters()}
+        for path in (folder, own)
+    )
+    if shapes != own_shapes:
+        raise UserError(
+            f"{folder} is of another architecture than student.path, whose tokens it would be "
+            "taught; name a result of this student"
+        )
+
+
+def load_student(folder: Path, recipe: Recipe) -> VLM:
+    """The whole student, sharded."""
+    student = load_vlm_sharded(folder, recipe.deepspeed.student, recipe.precision, recipe.student)
+    if recipe.student.lora:
+        add_adapters(student, recipe.student.lora)
+    if recipe.student.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def load_teacher(recipe: Recipe) -> Teacher:
+    """The teacher's frozen body: sharded, in an engine of its own, or whole on every rank."""
+    assert recipe.teacher is not None
+    source = recipe.teacher
+    if source.is_sharded:
+        name = recipe.teacher_ds_config
+        group = dist.host_group() if source.placement == "zero3_host" else None
+        vlm = load_vlm_sharded(source.path, name, recipe.precision, source, group)
+        return TeacherEngine(TeacherBody(vlm), load_ds_config(name), recipe.precision)
+    vlm = load_replica(
+        source.path, DTYPES[recipe.precision], dist.device(),
+        source.placement == "replica_int8", source.pack, source.attention,
+    )  # fmt: skip
+    if source.compile:
+        vlm.compile_blocks()
+    return TeacherReplica(TeacherBody(vlm))
+
+
+def load_vlm_sharded(
+    folder: str | Path,
+    ds_name: str,
+    precision: str,
+    source: ModelSource | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> VLM:
+    """A whole VLM from its folder; each rank holds, and reads, only its own share.
+
+    source: the recipe's word on packing and attention; the folder may be a later stage's.
+    group: the ranks that share it; default all.
+    """
+    options = (source.pack, source.attention) if source else ()
+    vlm = build_sharded(
+        lambda: VLM.from_config(folder, DTYPES[precision], *options),
+        load_ds_config(ds_name),
+        precision,
+        group,
+    )
+    sources = find_sources(skeleton(folder).model, Checkpoint(folder))
+    load_sharded(
+        (parameter, sources[name].flat_range) for name, parameter in vlm.model.named_parameters()
+    )
+    return vlm
+
+
+def new_recalibrator(recipe: Recipe, student: VLM) -> Recalibrator:
+    """A fresh Recalibrator, whole; the engine shards it."""
+    assert recipe.teacher is not None
+    recalibrator = unfilled_recalibrator(recipe, student, DTYPES[recipe.precision])
+    check_backend(recipe.recalibrator.attention, dist.device(), DTYPES[recipe.precision])
+    std = getattr(student.text_config, "initializer_range", 0.02)
+    recalibrator.initialize(std, load_final_norm(recipe.teacher.path))
+    return recalibrator
+
+
+def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> Recalibrator:
+    """The recipe's, with values that are not meant to be used."""
+    assert recipe.teacher is not None
+    width = teacher_width(recipe)
+    chosen = recipe.recalibrator
+    return Recalibrator(
+        student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention
+    )
+
+
+def teacher_width(recipe: Recipe) -> int:
+    assert recipe.teacher is not None
+    return read_config(recipe.teacher.path).get_text_config().hidden_size
