@@ -92,5 +92,8 @@ def test_bytes_held_and_received(
     moved = wire(load)
     phases = {p: v["2"] for p, v in measured["wire"].items() if p not in ("load", "export")}
     received = phases.pop("teacher")
-    assert received == pytest.approx(STEPS * moved.teacher, rel=0.03)
-    assert sum(phases.values()) == pytest.approx(STEPS * (moved.student + moved.reduced), rel=0.05)
+    # The student's first fetch of a step comes before its phase, and is counted here.
+    assert STEPS * moved.teacher <= received < 1.05 * STEPS * moved.teacher
+    # Of a small student a good part is still there when backward comes to it.
+    expected = STEPS * (moved.student + moved.reduced)
+    assert 0.88 * expected < sum(phases.values()) < 1.05 * expected
