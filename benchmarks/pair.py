@@ -3,7 +3,7 @@
     python -m benchmarks.pair FOLDER [--teacher WIDTH LAYERS] [--student WIDTH LAYERS]
 
 The demo's two families and tokenizers at other widths: by default a teacher of 3.9e9 parameters
-and a student of 0.3e9. Prints the commands that train align and then time stage 2 in every place.
+and a student of 0.3e9. Prints the commands that train two stages and then time the second in every place.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main() -> int:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     run = folder / "run"
-    print(f"torchrun --nproc_per_node 1 launch/train.py {path} --stage align")
+    print(f"torchrun --nproc_per_node 1 launch/train.py {path}")
     print(f"python -m benchmarks.teacher {path} {run} --ranks 1 --steps 30 --out FILE")
     print(f"python -m genrecal_ds.planner.measured {run}/distill --peak 989")
     return 0
