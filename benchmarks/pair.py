@@ -3,7 +3,8 @@
     python -m benchmarks.pair FOLDER [--teacher WIDTH LAYERS] [--student WIDTH LAYERS]
 
 The demo's two families and tokenizers at other widths: by default a teacher of 3.9e9 parameters
-and a student of 0.3e9. Prints the commands that train two stages and then time the second in every place.
+and a student of 0.3e9. Prints the commands that train two stages, then time the second in every
+place of the teacher.
 """
 
 import argparse
