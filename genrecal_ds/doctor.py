@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from genrecal_ds.arguments import positive
 from genrecal_ds.config import ModelSource, Recipe, StageConfig, load_recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.hosts import Cluster, cluster_of
@@ -347,20 +348,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("recipe", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--gpus", type=_positive(int), metavar="N", help="ranks in all")
-    parser.add_argument("--gpu-memory", type=_positive(float), metavar="GIB", help="of one GPU")
+    parser.add_argument("--gpus", type=positive(int), metavar="N", help="ranks in all")
+    parser.add_argument("--gpu-memory", type=positive(float), metavar="GIB", help="of one GPU")
     parser.add_argument("--hostfile", type=Path, metavar="HOSTS", help="`hostname slots=N` a line")
     return parser.parse_intermixed_args(argv)
-
-
-def _positive(kind: type):
-    def read(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return read
 
 
 if __name__ == "__main__":

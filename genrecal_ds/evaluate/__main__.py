@@ -44,28 +44,33 @@ def evaluate(
         named(metric)
     join_ranks()
     reader = ShardReader(ShardIndex.load(shards))
-    samples = [_without_pictures(reader.read(i)) for i in range(len(reader))[:limit]]
-    metrics = {kind: metric or metric_of(kind) for kind in sorted({s.kind for s in samples})}
-    for sample in samples:
-        _require_answers(sample, metrics[sample.kind])  # before minutes of generation, not after
+    num_samples = len(range(len(reader))[:limit])
+    samples: list[Sample] = []
+    refusal = None
+    if dist.is_main():  # the others see their own batches only
+        samples = [_without_pictures(reader.read(number)) for number in range(num_samples)]
+        refusal = _refusal(samples, metric)  # before minutes of generation, not after
+    dist.raise_together(refusal)
     facts = _facts(model, reader.index.fingerprint, batch_size, max_new_tokens)
     parts = out.with_suffix(".parts")
     predictions = predict(
-        model, reader, len(samples), parts, facts | {"limit": limit}, batch_size, max_new_tokens
+        model, reader, num_samples, parts, facts | {"limit": limit}, batch_size, max_new_tokens
     )
-    values = [
-        float(METRICS[metrics[sample.kind]](prediction, sample.answers))
-        for sample, prediction in zip(samples, predictions, strict=True)
-    ]
-    result = {
-        "scores": scores_by_kind([sample.kind for sample in samples], values),
-        "metrics": metrics,
-        **facts,
-    }
+    result = None
     if dist.is_main():
+        values = [
+            float(METRICS[metric or metric_of(sample.kind)](prediction, sample.answers))
+            for sample, prediction in zip(samples, predictions, strict=True)
+        ]
+        kinds = [sample.kind for sample in samples]
+        result = {
+            "scores": scores_by_kind(kinds, values),
+            "metrics": {kind: metric or metric_of(kind) for kind in sorted(set(kinds))},
+            **facts,
+        }
         _write(out, result, samples, predictions, values)
     discard(parts)
-    return result
+    return dist.from_main(result)
 
 
 def _without_pictures(sample: "Sample") -> "Sample":
@@ -121,11 +126,16 @@ def _write(
     os.replace(temporary, out)
 
 
-def _require_answers(sample: "Sample", metric: str) -> None:
+def _refusal(samples: "Sequence[Sample]", metric: str | None) -> str | None:
     """A sample without answers would count as wrong, and a score of 0 would be believed."""
-    if not sample.answers:
-        raise UserError(f"sample {sample.key}: no answers to score against; build shards with them")
-    METRICS[metric]("", sample.answers)
+    for sample in samples:
+        if not sample.answers:
+            return f"sample {sample.key}: no answers to score against; build shards with them"
+        try:
+            METRICS[metric or metric_of(sample.kind)]("", sample.answers)
+        except UserError as error:
+            return f"sample {sample.key}: {error}"
+    return None
 
 
 def _text(message: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from rich.console import Console
 
+from genrecal_ds.arguments import positive
 from genrecal_ds.config import Recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.flops import Sample
@@ -100,7 +101,7 @@ def _plan(report: Report, loads: "dict[str, Load]", arguments: argparse.Namespac
     found = Search(works, machine).by_place()
     title = (
         f"{arguments.gpus} {arguments.gpu}, {arguments.per_host} a host: {gpu.tflops:g} TFLOP/s at "
-        f"{machine.mfu:.0%}, {gpu.link:g} GB/s within a host, {gpu.net:g} between (nominal)"
+        f"{machine.mfu:.0%}, {gpu.link:g} GB/s within a host, {gpu.net:g} between"
     )
     _print(report, title, say.places(found))
     if arguments.scale:
@@ -157,31 +158,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--teacher", help="a model folder, a config.json, or a name below")
     add("--student")
-    add("--gpus", type=_positive(int), default=128)
+    add("--gpus", type=positive(int), default=128)
     add("--gpu", choices=GPUS, default="a100-80g")
-    add("--per-host", type=_positive(int), default=8, help="GPUs of one host")
+    add("--per-host", type=positive(int), default=8, help="GPUs of one host")
     add(
         "--net",
-        type=_positive(float),
+        type=positive(float),
         metavar="GB/S",
         help="that a collective over hosts brings one host (bus bandwidth of nccl-tests)",
     )
-    add("--link", type=_positive(float), metavar="GB/S", help="the same for a GPU within a host")
-    add("--mfu", type=_positive(float), default=0.4, help="part of the nominal FLOP/s reached")
-    add("--max-length", type=_positive(int), default=2048, help="tokens of a sample at most")
-    add("--tokens", type=_positive(float), default=1800, help="of an average sample")
-    add("--answer-tokens", type=_positive(float), default=150)
-    add("--visual-tokens", type=_positive(float), default=1280)
+    add("--link", type=positive(float), metavar="GB/S", help="the same for a GPU within a host")
+    add("--mfu", type=positive(float), default=0.4, help="part of the nominal FLOP/s reached")
+    add("--max-length", type=positive(int), default=2048, help="tokens of a sample at most")
+    add("--tokens", type=positive(float), default=1800, help="of an average sample")
+    add("--answer-tokens", type=positive(float), default=150)
+    add("--visual-tokens", type=positive(float), default=1280)
     add(
         "--samples",
-        type=_positive(float),
+        type=positive(float),
         nargs=3,
         default=tuple(PAPER_SAMPLES.values()),
         help=f"of {stages}; default the paper's",
     )
     add(
         "--global-batch",
-        type=_positive(int),
+        type=positive(int),
         nargs=3,
         default=tuple(PAPER_BATCH.values()),
         help=f"of {stages}; default the paper's",
@@ -190,16 +191,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--write", type=Path, metavar="FOLDER", help="the fastest as a recipe")
     add("--paper", action="store_true", help="the paper's pairs beside the paper's own figures")
     return parser.parse_args(argv)
-
-
-def _positive(kind: type):
-    def read(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    return read
 
 
 if __name__ == "__main__":

@@ -187,6 +187,13 @@ def recipe_tree(plan: Plan, teacher: str, student: str, max_length: int) -> dict
     """The plan as a recipe; paths in capitals are the user's to fill in."""
     setting = plan.setting
     offload = "_offload" if setting.student_offload else ""
+    batches = {
+        kind: {
+            "global_batch": stage.load.gpus * stage.load.micro_batch * stage.micro_steps,
+            "micro_batch": stage.load.micro_batch,
+        }
+        for kind, stage in plan.stages.items()
+    }
     tree: dict[str, Any] = {
         "run_dir": "runs/planned",
         "precision": "bf16",
@@ -200,19 +207,13 @@ def recipe_tree(plan: Plan, teacher: str, student: str, max_length: int) -> dict
             "gradient_checkpointing": setting.checkpointing,
         },
         "data": {"train": "SHARDS", "num_workers": 4, "too_long": "drop"},
-        "batch": {"global_batch": 8192, "micro_batch": 1},
+        "batch": batches["align"],
         "deepspeed": {"student": f"student_zero3{offload}"},
         "checkpoint": {"every": 100},
-        "stages": [],
     }  # fmt: skip
     if setting.cache:
         tree["teacher"]["cache"] = "runs/teacher_rows"
-    for kind, stage in plan.stages.items():
-        tree["stages"].append({
-            "kind": kind, "epochs": 1,
-            "global_batch": stage.load.gpus * stage.load.micro_batch * stage.micro_steps,
-            "micro_batch": stage.load.micro_batch,
-        })  # fmt: skip
+    tree["stages"] = [{"kind": kind, "epochs": 1, **batches[kind]} for kind in plan.stages]
     return tree
 
 

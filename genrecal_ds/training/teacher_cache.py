@@ -23,6 +23,7 @@ from genrecal_ds.data.features import SCALED_TOGETHER, Features, FeatureStore, F
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.loader import CachedPairEncoders, PairDataset, PairEncoders, micro_batches
 from genrecal_ds.data.plan import GivenSamples
+from genrecal_ds.errors import UserError
 from genrecal_ds.training.engine import Teacher
 
 ENCODED_FOR_AN_ESTIMATE = 16  # samples; their mean times all is what is said before writing
@@ -100,16 +101,23 @@ class Caches:
         """
         refusal = None
         if dist.is_main() and len(samples):
-            needed = int(len(samples) * self._bytes_of_a_sample(index, samples, width))
-            free, gib = shutil.disk_usage(self.folder(index)).free, 2**30
-            said = (
-                f"teacher.cache: about {needed / gib:.2f} GiB for {len(samples):,} samples into "
-                f"{self.folder(index)}, {free / gib:.2f} GiB free"
-            )
-            print(said, flush=True)
-            if needed > free:
-                refusal = f"{said}; make room, or set teacher.cache_rows: int8 or fewer steps"
+            try:  # the other ranks wait for what is said here
+                refusal = self._refusal_for_room(index, samples, width)
+            except UserError as error:
+                refusal = str(error)
         dist.raise_together(refusal)
+
+    def _refusal_for_room(self, index: ShardIndex, samples: np.ndarray, width: int) -> str | None:
+        needed = int(len(samples) * self._bytes_of_a_sample(index, samples, width))
+        free, gib = shutil.disk_usage(self.folder(index)).free, 2**30
+        said = (
+            f"teacher.cache: about {needed / gib:.2f} GiB for {len(samples):,} samples into "
+            f"{self.folder(index)}, {free / gib:.2f} GiB free"
+        )
+        print(said, flush=True)
+        if needed <= free:
+            return None
+        return f"{said}; make room, or set teacher.cache_rows: int8 or fewer steps"
 
     def _bytes_of_a_sample(self, index: ShardIndex, samples: np.ndarray, width: int) -> float:
         """A mean over some that are spread evenly."""

@@ -183,3 +183,15 @@ def test_a_disk_without_room_is_refused_before_the_teacher_runs(tmp_path, pair, 
     with pytest.raises(AssertionError, match="0.00 GiB free; make room, or set teacher.cache_rows"):
         run_ranks(script, [recipe, f"teacher.cache={tmp_path}/cache"])
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_baseline_reads_the_same_rows(tmp_path, pair, shards):
+    recipe = make_recipe(tmp_path, pair, shards, [{"kind": "uld", "steps": 3}])
+    run_ranks(TRAIN, [recipe, f"run_dir={tmp_path}/live"])
+    run_ranks(TRAIN, [recipe, f"run_dir={tmp_path}/cached", f"teacher.cache={tmp_path}/cache"])
+    live, cached = (records(tmp_path / name / "uld") for name in ("live", "cached"))
+    assert json.loads((tmp_path / "cached/uld/start.json").read_text())["teacher"] == "cache"
+    for a, b in zip(live, cached, strict=True):
+        assert a["metrics"]["kd"] > 0
+        for name in ("loss", "kd", "student_ce"):
+            assert a["metrics"][name] == pytest.approx(b["metrics"][name], rel=1e-5), name

@@ -1,0 +1,16 @@
+"""What several commands ask of their arguments."""
+
+import argparse
+from collections.abc import Callable
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """For argparse's type: a number of this kind above 0."""
+
+    def read(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return read
