@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from genrecal_ds.errors import UserError
 
 Component = Literal["vision", "projector", "embeddings", "layers", "norm", "head"]
-# The stages of the method; then baselines with a teacher (objectives/uld.py, logit_kd.py).
-StageKind = Literal["pretrain", "align", "distill", "sft", "uld", "logit_kd"]
+# The stages of the method; then baselines with a teacher, each a file of objectives/.
+StageKind = Literal["pretrain", "align", "distill", "sft", "uld", "logit_kd", "mot", "dskd"]
 Regularizer = Literal["none", "ce", "kl", "ce+kl", "mse"]
 # Of the teacher's body. zero3: a share per rank, gathered layer by layer; zero3_host: the shares
 # within each host, so that gathering stays inside it (what hpZ is for, without its first copy);
@@ -124,6 +124,9 @@ class RecalibratorConfig(Section):
     # packed: no padding, the last block on loss rows alone; auto: packed where the family has it
     blocks: Literal["auto", "packed", "transformers"] = "auto"
     attention: Literal["sdpa", "varlen", "flash"] = "sdpa"  # of packed blocks; never falls back
+    # new: the paper's NPE, 0..n-1 over the joined sequence; own: each row keeps its token's place
+    # in its own model's sequence (the paper's ablation)
+    positions: Literal["new", "own"] = "new"
 
     @model_validator(mode="after")
     def _attention_is_of_packed_blocks(self) -> "RecalibratorConfig":
@@ -138,6 +141,7 @@ class LossConfig(Section):
     ar: float = Field(1.0, ge=0)  # L_ar, cross entropy through the teacher's head
     kl: float = Field(1.0, ge=0)  # L_kl, forward KL through the teacher's head
     regularizer: Regularizer = "ce+kl"  # form of the regular pass of stage 1 (Algorithm 2)
+    boundary: bool = True  # false: the teacher's terms leave out each turn's first loss row
     student_ce: float = Field(1.0, ge=0)
     first_token_ce: float = Field(0.0, ge=0)  # extra CE weight on each turn's first answer token
     # of logit_kd; mix is read by skew_kl and jsd (ops/head_loss/contract.py)
@@ -200,12 +204,13 @@ class StageConfig(Section):
         return self.kind in ("align", "distill")
 
     @property
-    def is_token_kd(self) -> bool:
-        return self.kind in ("uld", "logit_kd")
+    def needs_logits(self) -> bool:
+        """Of the teacher, as numbers; a baseline that compares distributions."""
+        return self.kind in ("uld", "logit_kd", "mot")
 
     @property
     def needs_teacher(self) -> bool:
-        return self.has_recalibrator or self.is_token_kd
+        return self.has_recalibrator or self.needs_logits or self.kind == "dskd"
 
 
 class DeepSpeedConfig(Section):
@@ -272,7 +277,7 @@ class Recipe(Section):
         for position, stage in enumerate(self.stages):
             if stage.needs_teacher and self.teacher is None:
                 raise ValueError(f"stages.{stage.name}: kind {stage.kind} needs teacher.path")
-            if stage.is_token_kd and self.teacher_head != "replicated":
+            if stage.needs_logits and self.teacher_head != "replicated":
                 raise ValueError(
                     f"stages.{stage.name}: {stage.kind} needs teacher_head: replicated"
                 )
@@ -287,6 +292,10 @@ class Recipe(Section):
             raise ValueError(
                 "teacher.cache: truncate_question cuts by the student's tokens, and a cache serves "
                 "any student; set data.too_long to drop or error"
+            )
+        if self.teacher and self.teacher.cache and self.recalibrator.positions == "own":
+            raise ValueError(
+                "teacher.cache: holds no question, so recalibrator.positions must be new"
             )
         if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
             raise ValueError("teacher.path and student.path are the same folder; name two models")

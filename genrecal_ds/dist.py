@@ -1,6 +1,7 @@
 """Ranks and the few collectives the library needs. Every function works without a process group."""
 
 import functools
+import gc
 import os
 import socket
 from typing import Any
@@ -35,6 +36,16 @@ def is_main() -> bool:
 def barrier() -> None:
     if is_initialized():
         torch_dist.barrier()
+
+
+def leave() -> None:
+    """Leave the process group. The barrier: a rank that leaves early resets its peers' sockets."""
+    if is_initialized():
+        torch_dist.barrier()
+        torch_dist.destroy_process_group()
+        # Engines leave cycles that keep the group, and so gloo's threads, into the interpreter's
+        # end; one that still runs there aborts the process, rarely and after all work is done.
+        gc.collect()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -155,14 +155,14 @@ def _train(recipe: Recipe, stage: str | None, is_cache_only: bool) -> int:
     torch.use_deterministic_algorithms(recipe.deterministic)
     if is_cache_only:
         fill_caches(recipe, inputs)
-        engine.stop()
+        dist.leave()
         return 0
     if dist.is_main():
         (recipe.run_dir / "logs").mkdir(parents=True, exist_ok=True)
         tree = redact_tree(recipe.model_dump(mode="json"))
         (recipe.run_dir / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
     run_recipe(recipe, inputs, stage)
-    engine.stop()
+    dist.leave()
     return 0
 
 

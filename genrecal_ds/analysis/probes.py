@@ -52,7 +52,9 @@ class Subject:
         facts = json.loads((stage / "recalibrator/recalibrator.json").read_text())
         student = load_vlm(stage / "student")
         width = read_config(teacher).get_text_config().hidden_size
-        recalibrator = Recalibrator(student.text_config, width, facts["depth"])
+        recalibrator = Recalibrator(
+            student.text_config, width, facts["depth"], positions=facts.get("positions", "new")
+        )
         load_recalibrator(recalibrator, stage / "recalibrator")
         return cls(
             TeacherBody(load_vlm(teacher)).eval(),

@@ -49,6 +49,7 @@ class Packing(NamedTuple):
     uses_RU: Tensor  # int32; its inverse: packed rows that each source row went to, -1 for none
     sequence_P: Tensor  # int64; the packed sequence of each row
     position_ids_P: Tensor  # int64; NPE: 0..n-1 within each sequence
+    own_position_ids_P: Tensor  # int64; without NPE: each token's place in its own model's sequence
     loss_rows: Tensor  # int64 [N], or [2N] with the regular pass
     cu_seqlens: Tensor  # int32 [C + 1]; sequence c is the packed rows cu_seqlens[c : c + 2]
     turns: Turns
@@ -317,6 +318,7 @@ def _pack(
         _tensor(_uses(source_P, len(pairs) * student_width, num_teacher_rows), np.int32),
         _tensor(np.concatenate(sequence)),
         _tensor(np.concatenate(positions)),
+        _own_positions([pair.student for pair in pairs], teachers, with_regular),
         _tensor(np.concatenate(loss_rows)),
         _cumulative(sequence),
         Turns(
@@ -329,6 +331,21 @@ def _pack(
         num_sequences=len(sequences),
         max_seqlen=max(map(len, sequence)),
     )
+
+
+def _own_positions(
+    students: list[EncodedChat], teachers: list[EncodedChat], with_regular: bool
+) -> Tensor:
+    """[P]: places of the packed rows' tokens in the sequences that their models read."""
+    asking = students + (teachers if with_regular else [])
+    answering = teachers * (2 if with_regular else 1)
+    runs = [
+        np.arange(*span)
+        for asks, answers in zip(asking, answering, strict=True)
+        for turn in zip(asks.questions, answers.answers, strict=True)
+        for span in turn
+    ]
+    return _tensor(np.concatenate(runs))
 
 
 def _cumulative(runs: list[np.ndarray]) -> Tensor:

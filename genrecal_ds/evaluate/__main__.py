@@ -180,6 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for kind, s in result["scores"].items() if os.environ.get("RANK", "0") == "0" else ():
         print(f"{kind:<16} {s['score']:.3f}  [{s['low']:.3f}, {s['high']:.3f}]  n={s['n']}")
+    from genrecal_ds import dist
+
+    dist.leave()
     return 0
 
 

@@ -35,10 +35,11 @@ def check_family(model_type: str) -> None:
 
 
 def packed_forward(
-    decoder: nn.Module, hidden_PD: Tensor, packing: Packing, loss_rows: Tensor, backend: Backend
-) -> Tensor:
+    decoder: nn.Module, hidden_PD: Tensor, position_ids_P: Tensor, packing: Packing,
+    loss_rows: Tensor, backend: Backend,
+) -> Tensor:  # fmt: skip
     """rows [N, D] of the last block's output at loss_rows; see the file's head."""
-    cos_PE, sin_PE = rotary(decoder.rotary_emb, packing.position_ids_P, hidden_PD.dtype)
+    cos_PE, sin_PE = rotary(decoder.rotary_emb, position_ids_P, hidden_PD.dtype)
     cu, longest = packing.cu_seqlens, packing.max_seqlen
     everything = Spans(cu, cu, longest, longest)
     *layers, last = decoder.layers

@@ -25,6 +25,7 @@ from genrecal_ds.ops.token_align import token_align
 
 FINAL_NORMS = ("norm", "embedding_norm")  # names of a decoder's last norm; the second is Lfm2's
 Blocks = Literal["auto", "packed", "transformers"]
+Positions = Literal["new", "own"]
 
 
 class TokenAlign(nn.Module):
@@ -56,14 +57,17 @@ class Recalibrator(nn.Module):
         dtype: torch.dtype = torch.float32,
         blocks: Blocks = "auto",
         attention: Backend = "sdpa",
+        positions: Positions = "new",
     ):
         """blocks: `packed` (packed_blocks.py), `transformers`' own, or `auto`, packed if it can.
+        positions: `new` is the paper's NPE; `own`, its ablation, keeps those of the two models.
 
         Raises UserError for packed blocks of a family that has none.
         """
         super().__init__()
         config = block_config(text_config, depth)
         self.packed_attention = choose_blocks(config.model_type, blocks, attention)
+        self.positions = positions
         width, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
         self.proj_pre = TokenAlign(width, teacher_width, dtype)
         # dtype is given, never cast to later: .to(bf16) would round the rotary buffer too.
@@ -93,15 +97,20 @@ class Recalibrator(nn.Module):
         Proj-post and the norm run on the loss rows only; no other row is read.
         """
         packed_PD = self.proj_pre(student_hidden_BSD, teacher_rows_AH, packing)
+        is_new = self.positions == "new"
+        position_ids_P = packing.position_ids_P if is_new else packing.own_position_ids_P
         if self.packed_attention is None:
-            rows_ND = self._transformers_blocks(packed_PD, packing)
+            rows_ND = self._transformers_blocks(packed_PD, packing, position_ids_P)
         else:
             rows_ND = packed_forward(
-                self.blocks, packed_PD, packing, packing.loss_rows, self.packed_attention
-            )
+                self.blocks, packed_PD, position_ids_P, packing, packing.loss_rows,
+                self.packed_attention,
+            )  # fmt: skip
         return self.norm(self.proj_post(rows_ND))
 
-    def _transformers_blocks(self, packed_PD: Tensor, packing: Packing) -> Tensor:
+    def _transformers_blocks(
+        self, packed_PD: Tensor, packing: Packing, position_ids_P: Tensor
+    ) -> Tensor:
         """Any family's own decoder, over sequences right-padded to the longest.
 
         No padding mask: under a causal one no real row attends to the padding behind it. One row
@@ -111,10 +120,11 @@ class Recalibrator(nn.Module):
         slot_P = packing.sequence_P * longest + packing.position_ids_P
         flat = packed_PD.new_zeros(num_sequences * longest, packed_PD.shape[-1])
         padded_CLD = flat.index_copy(0, slot_P, packed_PD).unflatten(0, (-1, longest))
-        position_ids = torch.arange(longest, device=packed_PD.device)
+        position_ids = position_ids_P.new_zeros(num_sequences * longest)
+        position_ids_CL = position_ids.index_copy(0, slot_P, position_ids_P).view(-1, longest)
         hidden_CLD = self.blocks(
             inputs_embeds=padded_CLD,
-            position_ids=position_ids.expand(num_sequences, -1),
+            position_ids=position_ids_CL,
             use_cache=False,
         ).last_hidden_state
         return hidden_CLD.flatten(0, 1).index_select(0, slot_P[packing.loss_rows])

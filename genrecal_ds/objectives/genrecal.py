@@ -78,13 +78,16 @@ class GenRecal(nn.Module):
         report: Report,
     ) -> Tensor:
         """L_ar + L_kl of every pass through the frozen head, from one head_loss call."""
-        losses, valid_N = self.losses, teacher.labels_N != IGNORE
+        losses, labels_N = self.losses, teacher.labels_N
+        if not losses.boundary:
+            labels_N = labels_N.masked_fill(teacher.boundary_N, IGNORE)
+        valid_N = labels_N != IGNORE
         ce_weights, kl_weights = [losses.ar], [losses.kl]
         if self.with_regular:
             ce_weights.append(float("ce" in losses.regularizer))
             kl_weights.append(float("kl" in losses.regularizer))
         out = self.teacher_head.loss(
-            rows_KNH, teacher_rows.targets_NH, teacher.labels_N, ce_weights, kl_weights
+            rows_KNH, teacher_rows.targets_NH, labels_N, ce_weights, kl_weights
         )
         for k, prefix in enumerate(("", "regular_")[: len(rows_KNH)]):
             report.add_rows(f"{prefix}ar", out.ce_KN[k], teacher.boundary_N, valid_N)

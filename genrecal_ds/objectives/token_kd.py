@@ -1,15 +1,17 @@
-"""Baselines that compare the student's own distributions with the teacher's, token by token.
+"""Baselines that hold the student's own answer rows against the teacher's.
 
-    CE(head_s(z_s), gt_s) + losses.kl D(head_l(z_l), head_s(z_s))
+    CE(head_s(z_s), gt_s) + losses.kl D
 
-The i-th token of a turn's answer stands beside the teacher's i-th; what one side has more of is
-left out. D is given: uld.py for two tokenizers, logit_kd.py for one. Both means are over the
-student's answer tokens of the whole step.
+StudentKD is what they share. TokenKD compares distributions token by token: the i-th token of a
+turn's answer stands beside the teacher's i-th; what one side has more of is left out. Its D is
+given: uld.py for two tokenizers, logit_kd.py for one. Both means are over the student's answer
+tokens of the whole step.
 
 Shapes: B conversations, S student length, D student width, M student loss rows, N teacher loss
 rows, H teacher width, V student's and W teacher's vocabulary, n rows of a chunk.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -28,20 +30,12 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (logits [n, V], teacher's [n, W
 CHUNK_ROWS = 256
 
 
-class TokenKD(nn.Module):
+class StudentKD(nn.Module):
     """Owns the student. The teacher's head is plain tensors, frozen (models/head.py)."""
 
-    def __init__(
-        self,
-        student: VLM,
-        teacher_head: ReplicatedHead,
-        losses: LossConfig,
-        distance: Distance,
-        clock: Clock | None = None,
-    ):
+    def __init__(self, student: VLM, losses: LossConfig, clock: Clock | None = None):
         super().__init__()
-        self.student, self.teacher_head, self.losses = student, teacher_head, losses
-        self.distance, self.clock = distance, clock or Clock()
+        self.student, self.losses, self.clock = student, losses, clock or Clock()
 
     def forward(
         self, batch: PairBatch, teacher_rows: TeacherRows, totals: Totals, probe: bool = False
@@ -53,15 +47,41 @@ class TokenKD(nn.Module):
             ce_sum, ce_M = student_ce(self.student, hidden_BSD, student, self.losses)
             valid_M = student.labels_M != IGNORE
             report.add_rows("student_ce", ce_M, student.boundary_M, valid_M)
-            index_M, is_paired_M = paired_rows(batch)
             rows_MD = hidden_BSD.flatten(0, 1).index_select(0, student.rows_M)
-            # One call, whatever the number of rows: ranks gather the head as often as each other.
-            logits_MV = self.student.head.logits(rows_MD)
-            targets_MH = teacher_rows.targets_NH.index_select(0, index_M)
-            distance_M = self._distances(logits_MV, targets_MH) * is_paired_M
-            report.add_rows("kd", distance_M, student.boundary_M, is_paired_M)
-        loss_sum = ce_sum + self.losses.kl * distance_M.sum()
-        return loss_sum / totals.student_rows, report
+            kd_sum, kd_M, is_taught_M = self.kd(rows_MD, batch, teacher_rows)
+            report.add_rows("kd", kd_M, student.boundary_M, is_taught_M)
+        return (ce_sum + self.losses.kl * kd_sum) / totals.student_rows, report
+
+    @abstractmethod
+    def kd(
+        self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(D's sum, its parts by row [M], which rows have one [M] bool).
+
+        Gathers the student's head once, whatever the number of rows, or ranks would differ.
+        """
+
+
+class TokenKD(StudentKD):
+    def __init__(
+        self,
+        student: VLM,
+        teacher_head: ReplicatedHead,
+        losses: LossConfig,
+        distance: Distance,
+        clock: Clock | None = None,
+    ):
+        super().__init__(student, losses, clock)
+        self.teacher_head, self.distance = teacher_head, distance
+
+    def kd(
+        self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        index_M, is_paired_M = paired_rows(batch)
+        logits_MV = self.student.head.logits(rows_MD)
+        targets_MH = teacher_rows.targets_NH.index_select(0, index_M)
+        distance_M = self._distances(logits_MV, targets_MH) * is_paired_M
+        return distance_M.sum(), distance_M, is_paired_M
 
     def _distances(self, logits_MV: Tensor, targets_MH: Tensor) -> Tensor:
         """Computed again in backward, chunk by chunk: no more than a chunk's probabilities live."""

@@ -31,8 +31,10 @@ from genrecal_ds.models.recalibrator import (
     save_recalibrator,
 )
 from genrecal_ds.models.vlm import VLM
+from genrecal_ds.objectives.dskd import ProjectedKD
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.logit_kd import divergence
+from genrecal_ds.objectives.mot import MultiLevelOT
 from genrecal_ds.objectives.supervised import Supervised
 from genrecal_ds.objectives.token_kd import TokenKD
 from genrecal_ds.objectives.uld import sorted_distance
@@ -227,8 +229,12 @@ def _objective(
     head = place_frozen_head(
         recipe.teacher.path, DTYPES[recipe.precision], dist.device(), recipe.teacher_head
     )
-    if stage.is_token_kd:
+    if stage.kind == "dskd":
+        return ProjectedKD(student, head, teacher_width(recipe), stage.losses, clock)
+    if stage.needs_logits:
         assert isinstance(head, ReplicatedHead)  # a rule of config.Recipe
+        if stage.kind == "mot":
+            return MultiLevelOT(student, head, stage.losses, clock)
         distance = sorted_distance
         if stage.kind == "logit_kd":
             distance = divergence(stage.losses, vocabulary)
@@ -245,7 +251,10 @@ def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[
     def write(folder: Path, student: dict[str, Any], recalibrator: dict[str, Any]) -> None:
         write_student(engine.module.student.model, student, source, folder / "student")
         if recalibrator:
-            facts = {"teacher": str(recipe.teacher.path), "depth": recipe.recalibrator.depth}
+            facts = {
+                "teacher": str(recipe.teacher.path), "depth": recipe.recalibrator.depth,
+                "positions": recipe.recalibrator.positions,
+            }  # fmt: skip
             save_recalibrator(recalibrator, folder / "recalibrator", facts)
 
     def export(folder: Path) -> None:

@@ -60,16 +60,6 @@ def start(stall_seconds: float = 1800, dumps: Path | None = None) -> None:
         )
 
 
-def stop() -> None:
-    """Leave the process group. The barrier: a rank that leaves early resets its peers' sockets."""
-    if torch_dist.is_initialized():
-        dist.barrier()
-        torch_dist.destroy_process_group()
-        # Engines leave cycles that keep the group, and so gloo's threads, into the interpreter's
-        # end; one that still runs there aborts the process, rarely and after all work is done.
-        gc.collect()
-
-
 def structure(ds_config: DsConfig, precision: str) -> DsConfig:
     """ds_configs/*.json plus the numbers that every engine needs to be built."""
     filled = dict(ds_config)

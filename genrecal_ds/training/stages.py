@@ -24,6 +24,8 @@ STAGES: dict[str, StageFacts] = {
     "sft": StageFacts(_ALL_BUT_VISION, recalibrator=False),
     "uld": StageFacts(_ALL_BUT_VISION, recalibrator=False),
     "logit_kd": StageFacts(_ALL_BUT_VISION, recalibrator=False),
+    "mot": StageFacts(_ALL_BUT_VISION, recalibrator=False),
+    "dskd": StageFacts(_ALL_BUT_VISION, recalibrator=False),
 }
 
 

@@ -108,8 +108,9 @@ def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> R
     width = teacher_width(recipe)
     chosen = recipe.recalibrator
     return Recalibrator(
-        student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention
-    )
+        student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention,
+        chosen.positions,
+    )  # fmt: skip
 
 
 def teacher_width(recipe: Recipe) -> int:

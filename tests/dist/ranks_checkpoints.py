@@ -164,7 +164,7 @@ def main(scenario: str, folder: str, out: str) -> None:
     found = {"damage": damage, "full": no_room, "read_only": read_only}[scenario](Path(folder))
     if dist.is_main():
         Path(out).write_text(json.dumps(found, indent=1))
-    engine.stop()
+    dist.leave()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def main(scenario: str, recipe_path: str, out: str) -> None:
     else:
         result = mixed(trainer, 200)
     Path(out, f"rank{dist.rank()}.json").write_text(json.dumps(result))
-    engine.stop()
+    dist.leave()
 
 
 if __name__ == "__main__":

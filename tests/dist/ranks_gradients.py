@@ -74,7 +74,7 @@ def main(recipe_path: str, stage_name: str, out: str) -> None:
     if dist.is_main():
         torch.save(result, out)
     parts.close()
-    engine.stop()
+    dist.leave()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main() -> None:
     print(said)
     assert grown <= most, said
     del vlm
-    engine.stop()
+    dist.leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ class Reference:
     student: torch.nn.Module
     recalibrator: torch.nn.Module | None
     stage: str
+    projection: torch.nn.Module | None = None  # of stage dskd
 
     def hidden(self, model: torch.nn.Module, chat) -> torch.Tensor:
         """[T, width] of one conversation."""
@@ -43,7 +44,10 @@ class Reference:
                 total = total + self.student_ce(z_s, pair.student) / student_tokens
             if pair.teacher is not None:
                 teacher_tokens += sum(end - start for start, end in pair.teacher.answers)
-        if self.stage in ("uld", "logit_kd"):
+        if self.stage == "mot":
+            for pair in pairs:
+                total = total + 0.15 * self.optimal_transport(pair) / student_tokens
+        if self.stage in ("uld", "logit_kd", "dskd"):
             for pair in pairs:
                 total = total + self.token_distances(pair) / student_tokens
         if self.recalibrator is not None:
@@ -59,8 +63,13 @@ class Reference:
         total = torch.zeros((), dtype=torch.float64)
         for (s0, s1), (t0, t1) in zip(pair.student.answers, pair.teacher.answers, strict=True):
             for place in range(min(s1 - s0, t1 - t0)):
-                q = self.student.lm_head(z_s[s0 - 1 + place]).softmax(-1)
                 p = self.teacher.lm_head(z_l[t0 - 1 + place]).softmax(-1)
+                if self.stage == "dskd":
+                    r = self.projection(z_s[s0 - 1 + place])
+                    q = self.teacher.lm_head(r).softmax(-1)
+                    total = total + (p * (p / q).log()).sum()
+                    continue
+                q = self.student.lm_head(z_s[s0 - 1 + place]).softmax(-1)
                 if self.stage == "logit_kd":
                     total = total + (q * (q / p).log()).sum()  # the recipe says reverse_kl
                     continue
@@ -70,6 +79,37 @@ class Reference:
                 )
                 total = total + (p_sorted - q_sorted).abs().sum()
         return total
+
+    def optimal_transport(self, pair) -> torch.Tensor:
+        """MOT of one conversation, cell by cell, with Sinkhorn's plain divisions."""
+
+        def rows(model, chat):
+            hidden = self.hidden(model, chat)
+            spans = [range(start - 1, end - 1) for start, end in chat.answers]
+            return [model.lm_head(hidden[list(span)]) for span in spans]
+
+        def ranked(logits, temperature):
+            p = (torch.cat(logits) / temperature).softmax(-1)
+            order = sorted(range(p.shape[1]), key=lambda v: -float(p[:, v].sum()))
+            return p[:, order[:50]]
+
+        with torch.no_grad():
+            theirs = rows(self.teacher, pair.teacher)
+        ours = rows(self.student, pair.student)
+        t, s = ranked(theirs, 1.0), ranked(ours, 1.0)
+        total, first_t, first_s = torch.zeros((), dtype=torch.float64), 0, 0
+        for turn_t, turn_s in zip(theirs, ours, strict=True):
+            for place in range(min(len(turn_t), len(turn_s))):
+                a, b = t[first_t + place], s[first_s + place]
+                total = total + (a - b).abs().sum() - 0.1 * (a * b.log()).sum()
+            first_t, first_s = first_t + len(turn_t), first_s + len(turn_s)
+        t, s = ranked(theirs, 2.0), ranked(ours, 2.0)
+        cost = torch.stack([(row - t).abs().sum(-1) for row in s])
+        plan = (-cost / 0.1).exp()
+        for _ in range(20):
+            plan = plan / plan.sum(1, keepdim=True)
+            plan = plan / plan.sum(0, keepdim=True)
+        return total + 0.1 * (plan * cost).sum()
 
     def student_ce(self, z_s: torch.Tensor, chat) -> torch.Tensor:
         total = 0.0

@@ -20,6 +20,9 @@ from tests.fixtures import ROOT, partitioning_ds_configs, run_ranks, texts_of_di
 pytestmark = pytest.mark.dist
 
 
+LOSSES = {"logit_kd": {"divergence": "reverse_kl"}, "mot": {"kl": 0.15}}
+
+
 def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_keys):
     return write_recipe(
         folder / "recipe.yaml",
@@ -32,7 +35,7 @@ def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_
         optimizer={"lr": 1e-3, "clip": 0.0},
         deepspeed=partitioning_ds_configs(folder),
         log={"gradient_norms_every": 1},  # the probe must leave no gradient behind
-        stages=[{"kind": kind, "steps": 2, "losses": {"divergence": "reverse_kl"}}],
+        stages=[{"kind": kind, "steps": 2, "losses": LOSSES.get(kind, {})}],
     )  # fmt: skip
 
 
@@ -59,7 +62,13 @@ def reference_gradients(recipe_path, kind, result):
     if kind in ("align", "distill"):
         width = teacher.config.get_text_config().hidden_size
         recalibrator = Recalibrator(student.config.get_text_config(), width).double()
-    modules = {"student.model.": student, "recalibrator.": recalibrator}
+    projection = None
+    if kind == "dskd":
+        widths = [m.config.get_text_config().hidden_size for m in (student, teacher)]
+        projection = torch.nn.Linear(*widths, bias=False, dtype=torch.float64)
+    modules = {
+        "student.model.": student, "recalibrator.": recalibrator, "projection.": projection
+    }  # fmt: skip
     parameters = {}
     for prefix, module in modules.items():
         for name, parameter in module.named_parameters() if module else ():
@@ -68,7 +77,7 @@ def reference_gradients(recipe_path, kind, result):
             parameter.requires_grad_(prefix + name in result["gradients"])
             if parameter.requires_grad:
                 parameters[prefix + name] = parameter
-    Reference(teacher, student, recalibrator, kind).loss(pairs).backward()
+    Reference(teacher, student, recalibrator, kind, projection).loss(pairs).backward()
     return {name: parameter.grad for name, parameter in parameters.items()}
 
 
@@ -85,7 +94,9 @@ LEAN = {"pack": True, "gradient_checkpointing": True}
      ("sft", "student_init", "replicated", {}, LEAN),
      ("sft", "student_untied", "replicated", {}, {}),
      ("uld", "student_init", "replicated", {}, LEAN),
-     ("logit_kd", "twin", "replicated", {}, {})],
+     ("logit_kd", "twin", "replicated", {}, {}),
+     ("mot", "student_init", "replicated", {}, LEAN),
+     ("dskd", "student_untied", "vocab_parallel", {}, {})],
 )  # fmt: skip
 def test_gradients_equal_plain_torch(
     tmp_path, pair, shards, kind, student, head, teacher_keys, student_keys
@@ -107,7 +118,8 @@ def test_gradients_equal_plain_torch(
         assert error < 1e-5, f"{name}: relative error {error:.2e}"
     assert {name.split(".")[0] for name in result["gradients"]} == {
         "align": {"recalibrator"}, "distill": {"student", "recalibrator"}, "sft": {"student"},
-        "uld": {"student"}, "logit_kd": {"student"},
+        "uld": {"student"}, "logit_kd": {"student"}, "mot": {"student"},
+        "dskd": {"student", "projection"},
     }[kind]  # fmt: skip
     assert result["still_whole"] == [], "parameters stay gathered after the step"
 

@@ -67,7 +67,7 @@ def tiny(name="qwen2-vl-7b", blocks="auto"):
     return recalibrator
 
 
-def pack(lengths):
+def pack(lengths, own_positions=None):
     """All rows from the student, each sequence alone, every row a loss row."""
     total = sum(lengths)
     sequence = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
@@ -76,7 +76,8 @@ def pack(lengths):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     turns = Turns(torch.arange(total), cu_seqlens, cu_seqlens, max(lengths), max(lengths))
     return Packing(
-        source, source[:, None].clone(), sequence, positions, torch.arange(total), cu_seqlens,
+        source, source[:, None].clone(), sequence, positions,
+        positions if own_positions is None else own_positions, torch.arange(total), cu_seqlens,
         turns, len(lengths), max(lengths),
     )  # fmt: skip
 

@@ -1,0 +1,51 @@
+"""The student's rows, projected, through the teacher's head: DSKD's teacher space, by token place.
+
+    D = KL( softmax head_l(z_l) || softmax head_l(W z_s) )
+
+After Zhang et al., arXiv 2406.17328. Theirs has a second half in the student's space, and pairs
+tokens by an attention over both models' embeddings; here the i-th token of a turn's answer stands
+beside the teacher's i-th, as in uld.py. W [H, D] trains with the student and is thrown away.
+
+Beside GenRecal: one linear map instead of decoder blocks, and every answer row is the student's.
+
+Shapes: M student loss rows, N teacher loss rows, D student width, H teacher width.
+"""
+
+from torch import Tensor, nn
+
+from genrecal_ds.config import LossConfig
+from genrecal_ds.data.batch import IGNORE, PairBatch
+from genrecal_ds.metrics import Clock
+from genrecal_ds.models.head import FrozenHead
+from genrecal_ds.models.vlm import VLM
+from genrecal_ds.objectives import TeacherRows
+from genrecal_ds.objectives.token_kd import StudentKD, paired_rows
+
+
+class ProjectedKD(StudentKD):
+    def __init__(
+        self,
+        student: VLM,
+        teacher_head: FrozenHead,
+        teacher_width: int,
+        losses: LossConfig,
+        clock: Clock | None = None,
+    ):
+        super().__init__(student, losses, clock)
+        self.teacher_head = teacher_head
+        width, dtype = student.text_config.hidden_size, student.head.weight.dtype
+        self.projection = nn.Linear(width, teacher_width, bias=False, dtype=dtype)
+        std = getattr(student.text_config, "initializer_range", 0.02)
+        nn.init.normal_(self.projection.weight, std=std)
+
+    def kd(
+        self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert batch.teacher is not None
+        index_M, is_paired_M = paired_rows(batch)
+        targets_MH = teacher_rows.targets_NH.index_select(0, index_M)
+        labels_M = batch.teacher.labels_N[index_M].where(is_paired_M, IGNORE)
+        rows_MH = self.projection(rows_MD)
+        out = self.teacher_head.loss(rows_MH[None], targets_MH, labels_M, [0.0], [1.0])
+        # In the graph even where no row is paired: ZeRO-3 wants a gradient in every micro-step.
+        return out.loss_sum + 0.0 * rows_MH.sum(), out.kl_KN[0], is_paired_M

@@ -1,0 +1,103 @@
+"""Multi-level optimal transport, for any two tokenizers (Cui et al., arXiv 2412.14528).
+
+    D = HAD + SEQUENTIAL sum_t -t log s + SINKHORN <P, C>
+
+Both sides' probabilities of one conversation are put in order of their SUM over it, the 50 largest
+kept: what a column means stays the same along the sequence, unlike in uld.py.
+    HAD    sum |t - s|, and beside it -t log s: of tokens at the same place of the same turn
+    <P, C> of all tokens with all: C their L1 distances at temperature 2, P Sinkhorn's plan.
+The paper's alpha is losses.kl, theirs .15. P's columns, the teacher's tokens, sum to 1.
+
+Shapes: M student and N teacher loss rows of the micro-batch; of one conversation: m student, n
+teacher rows; V student's, W teacher's vocabulary, K kept columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from genrecal_ds.config import LossConfig
+from genrecal_ds.data.batch import IGNORE, PairBatch
+from genrecal_ds.metrics import Clock
+from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.vlm import VLM
+from genrecal_ds.objectives import TeacherRows
+from genrecal_ds.objectives.token_kd import StudentKD, paired_rows
+
+KEPT = 50
+SEQUENTIAL, SINKHORN = 0.1, 0.1  # the paper's beta and gamma
+TEMPERATURE, ENTROPY, ITERATIONS = 2.0, 0.1, 20  # of the Sinkhorn distance
+LEAST = 1e-8  # probability of a column that the student does not have
+
+
+class MultiLevelOT(StudentKD):
+    def __init__(
+        self, student: VLM, teacher_head: ReplicatedHead, losses: LossConfig,
+        clock: Clock | None = None,
+    ):  # fmt: skip
+        super().__init__(student, losses, clock)
+        self.teacher_head = teacher_head
+
+    def kd(
+        self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert batch.teacher is not None
+        index_M, is_paired_M = paired_rows(batch)
+        logits_MV = self.student.head.logits(rows_MD)
+        student_sizes = _rows_of(batch.student.rows_M, batch.student.inputs.input_ids)
+        teacher_sizes = _rows_of(batch.teacher.targets_N, batch.teacher.inputs.input_ids)
+        first, parts = 0, []
+        for logits_mV, targets_nH, index_m, is_paired_m in zip(
+            logits_MV.split(student_sizes),
+            teacher_rows.targets_NH.split(teacher_sizes),
+            index_M.split(student_sizes),
+            is_paired_M.split(student_sizes),
+            strict=True,
+        ):
+            # Computed again in backward: one conversation's probabilities live at a time.
+            part = checkpoint(
+                self._of_conversation, logits_mV, targets_nH, index_m - first, is_paired_m,
+                use_reentrant=False,
+            )  # fmt: skip
+            parts.append(part)
+            first += len(targets_nH)
+        is_taught_M = batch.student.labels_M != IGNORE
+        distance_M = torch.cat(parts) * is_taught_M
+        return distance_M.sum(), distance_M, is_taught_M
+
+    def _of_conversation(
+        self, logits_mV: Tensor, targets_nH: Tensor, index_m: Tensor, is_paired_m: Tensor
+    ) -> Tensor:
+        logits_mV, teacher_nW = logits_mV.float(), self.teacher_head.logits(targets_nH)
+        student_mK, teacher_nK = (ranked(x.softmax(-1)) for x in (logits_mV, teacher_nW))
+        beside_mK = teacher_nK[index_m.where(is_paired_m, 0)]
+        absolute_m = (beside_mK - student_mK).abs().sum(-1)
+        sequential_m = -(beside_mK * student_mK.clamp(min=LEAST).log()).sum(-1)
+        soft_mK, soft_nK = (ranked((x / TEMPERATURE).softmax(-1)) for x in (logits_mV, teacher_nW))
+        return (
+            is_paired_m * (absolute_m + SEQUENTIAL * sequential_m)
+            + SINKHORN * transport(soft_mK, soft_nK)
+        )  # fmt: skip
+
+
+def ranked(probabilities_mV: Tensor) -> Tensor:
+    """[m, K]: the columns with the largest sums over the sequence, downwards, padded with 0."""
+    kept = min(KEPT, probabilities_mV.shape[-1])
+    columns = probabilities_mV.detach().sum(0).topk(kept).indices
+    return F.pad(probabilities_mV[:, columns], (0, KEPT - kept))
+
+
+def transport(student_mK: Tensor, teacher_nK: Tensor) -> Tensor:
+    """[m]: each student row's share of Sinkhorn's cost; in logarithms, which do not underflow."""
+    cost_mn = torch.cdist(student_mK, teacher_nK, p=1)
+    plan_mn = -cost_mn / ENTROPY
+    for _ in range(ITERATIONS):
+        plan_mn = plan_mn.log_softmax(1)
+        plan_mn = plan_mn.log_softmax(0)
+    return (plan_mn.exp() * cost_mn).sum(1)
+
+
+def _rows_of(rows: Tensor, input_ids: Tensor) -> list[int]:
+    """How many of the flat rows, in order, each conversation of the batch has."""
+    return torch.bincount(rows // input_ids.shape[1], minlength=len(input_ids)).tolist()
