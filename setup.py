@@ -14,7 +14,7 @@ VERSION = re.search(
 if VERSION is None:
     raise SystemExit("setup.py: no __version__ line in genrecal_ds/__init__.py")
 
-EVALUATION = ["matplotlib", "scikit-learn"]  # figures; t-SNE of features
+EVALUATION = ["matplotlib", "scikit-learn", "scipy"]  # figures, t-SNE; Student's t
 DEMO = ["scikit-learn"]  # its handwritten digits are the demo's pictures
 LORA = ["peft"]
 DEVELOPMENT = [
@@ -28,6 +28,7 @@ DEVELOPMENT = [
     "pytest-timeout",
     "ruff",
     "scikit-learn",
+    "scipy",
     "setuptools>=77",  # the packaging test builds a wheel without build isolation
     "tensorboard",
     "triton>=3.6",  # its interpreter runs the kernels' tests where there is no GPU

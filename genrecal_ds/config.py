@@ -396,7 +396,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(_expand_environment(tree))
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_error(error)}") from None
+        raise UserError(f"{path}: {tree_error(error)}") from None
 
 
 def _apply_override(tree: dict, override: str) -> None:
@@ -440,12 +440,13 @@ def _expand_environment(node: Any) -> Any:
     return os.path.expandvars(node) if isinstance(node, str) else node
 
 
-def _first_error(error: ValidationError) -> str:
+def tree_error(error: ValidationError, tree: type[BaseModel] | None = None) -> str:
+    """A pydantic error's first complaint in one line; tree: the file's model, default Recipe."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location) or "recipe"
     if first["type"] == "extra_forbidden":
-        valid = list(_fields_at(first["loc"][:-1]))
+        valid = list(_fields_at(first["loc"][:-1], tree or Recipe))
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
         return f"{key}: unknown key; {hint}"
@@ -457,11 +458,11 @@ def _first_error(error: ValidationError) -> str:
     return f"{key}: {message}{got}"
 
 
-def _fields_at(location: Sequence[str | int]) -> list[str]:
+def _fields_at(location: Sequence[str | int], tree: type[BaseModel]) -> list[str]:
     """Field names of the section at a pydantic error location."""
-    model: Any = Recipe
+    model: Any = tree
     for part in location:
-        if isinstance(part, int):
+        if part not in model.model_fields:  # a number in a list, a name in a mapping
             continue
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

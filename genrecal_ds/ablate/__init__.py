@@ -1,0 +1,1 @@
+"""Arms of an experiment over seeds, as tables: `python -m genrecal_ds.ablate`."""

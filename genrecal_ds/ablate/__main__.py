@@ -1,0 +1,148 @@
+"""Train and score every arm of a grid with every seed, and make the tables.
+
+    python -m genrecal_ds.ablate RECIPE.yaml --grid GRID.yaml --out runs/ablation --jobs 2
+    sbatch --array 0-15 launch/slurm/ablate.sbatch RECIPE.yaml --grid GRID.yaml --out runs/ablation
+    python -m genrecal_ds.ablate RECIPE.yaml --grid GRID.yaml --out runs/ablation --table
+
+A run is a folder, OUT/ARM/seed-N. Started again, done runs are kept and cut ones go on. The tables,
+OUT/tables.md and OUT/tables.json, are of what is there, and say when that is a part. What a grid
+file holds: genrecal_ds/ablate/grid.py.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from genrecal_ds.ablate.grid import Grid, Run, claim, load_grid, runs_of
+from genrecal_ds.ablate.table import as_json, markdown, tables_of
+from genrecal_ds.arguments import positive
+from genrecal_ds.errors import UserError
+
+
+def perform(run: Run, grid: Grid, launcher: Sequence[str], num_threads: int) -> str:
+    """Train, then score; its output goes to the run's folder. Returns what to tell of it.
+
+    Raises UserError where a command failed, naming the log.
+    """
+    if run.score.is_file():
+        return "done before"
+    before = _seconds(run)
+    start = time.monotonic()
+    _command(run, [*launcher, str(run.recipe), *run.overrides], num_threads)
+    (run.folder / "seconds.json").write_text(f"{before + time.monotonic() - start:.1f}\n")
+    limit = ["--limit", str(grid.limit)] if grid.limit else []
+    evaluate = [sys.executable, "-m", "genrecal_ds.evaluate", str(run.student), str(grid.shards)]
+    tokens = ["--max-new-tokens", str(grid.max_new_tokens)]
+    _command(run, [*evaluate, "--out", str(run.score), *tokens, *limit], num_threads)
+    score = json.loads(run.score.read_text())["scores"]["overall"]
+    return f"{score['score']:.3f} in {_seconds(run):.0f} s"
+
+
+def _seconds(run: Run) -> float:
+    """Of training, those of earlier starts included."""
+    path = run.folder / "seconds.json"
+    return float(path.read_text()) if path.is_file() else 0.0
+
+
+def _command(run: Run, command: list[str], num_threads: int) -> None:
+    with socket.socket() as probe:  # runs beside each other must not meet on one port
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        "OMP_NUM_THREADS": str(num_threads), "MASTER_PORT": str(port),
+        "PYTHONWARNINGS": "ignore", **os.environ,
+    }  # fmt: skip
+    log = run.folder / "output.log"
+    with log.open("a") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
+    if code:
+        raise UserError(f"{run.arm}, seed {run.seed}: exit {code}; see {log}")
+
+
+def write_tables(grid: Grid, runs: Sequence[Run], out: Path) -> str:
+    """Both files; the Markdown is returned."""
+    tables = tables_of(grid, runs)
+    text = markdown(tables)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tables.md").write_text(text + "\n")
+    (out / "tables.json").write_text(json.dumps(as_json(tables), indent=2) + "\n")
+    return text
+
+
+def perform_all(
+    runs: Sequence[Run], grid: Grid, launcher: Sequence[str], jobs: int, num_all: int
+) -> list[str]:
+    """What failed. One failure ends no other run."""
+    num_threads = max(1, (os.cpu_count() or 1) // jobs)
+    failures: list[str] = []
+
+    def one(run: Run) -> None:
+        try:
+            print(f"{run.arm}, seed {run.seed}: {perform(run, grid, launcher, num_threads)}")
+        except UserError as error:
+            failures.append(str(error))
+            print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+
+    print(f"{len(runs)} of {num_all} runs, {jobs} at a time", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, runs))
+    return failures
+
+
+def share(text: str) -> tuple[int, int]:
+    """I/N: the I-th of N tasks, from 0."""
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I below N")
+    return int(first), int(count)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m genrecal_ds.ablate", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", type=Path, help="of the arms that name none")
+    parser.add_argument("--grid", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=positive(int), default=1, help="runs at a time")
+    parser.add_argument("--task", type=share, metavar="I/N", help="this share of the runs only")
+    parser.add_argument("--table", action="store_true", help="only the tables of what is there")
+    parser.add_argument(
+        "--launcher", default=f"{shlex.quote(sys.executable)} -m launch.train",
+        help="what trains, in front of a recipe: 'deepspeed launch/train.py'; default one process",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    try:
+        grid = load_grid(arguments.grid)
+        runs = runs_of(grid, arguments.recipe, arguments.out)
+        failures: list[str] = []
+        if not arguments.table:
+            number, count = arguments.task or (0, 1)
+            own = runs[number::count]
+            for run in own:
+                claim(run)
+            launcher = shlex.split(arguments.launcher)
+            failures = perform_all(own, grid, launcher, arguments.jobs, len(runs))
+        print(write_tables(grid, runs, arguments.out))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if failures:
+        print(f"error: {len(failures)} runs failed; start again to repeat them", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
