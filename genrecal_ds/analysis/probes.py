@@ -150,17 +150,23 @@ def cosines(subject: Subject, pairs: list[Pair]) -> dict[str, Any]:
     }
 
 
-def probe(teacher: Path, stage: Path, shards: Path, num_samples: int = 128) -> dict[str, Any]:
-    """All probes of one stage's result on the first single-turn samples of `shards`."""
-    subject = Subject.load(teacher, stage)
-    reader = ShardReader(ShardIndex.load(shards))
+def single_turns(subject: Subject, reader: ShardReader, num_samples: int) -> list[Pair]:
+    """Those of the first samples that have one turn. Raises UserError for too few."""
     samples = [reader.read(i) for i in range(min(num_samples, len(reader)))]
     pairs = [subject.encoders.encode(sample.messages, sample.images) for sample in samples]
     pairs = [pair for pair in pairs if len(pair.student.answers) == 1]
     if len(pairs) < NUM_COSINES:
         raise UserError(
-            f"{shards}: {len(pairs)} single-turn samples; the probes need {NUM_COSINES}"
+            f"{reader.index.directory}: {len(pairs)} single-turn samples; the probes need "
+            f"{NUM_COSINES}"
         )
+    return pairs
+
+
+def probe(teacher: Path, stage: Path, shards: Path, num_samples: int = 128) -> dict[str, Any]:
+    """All probes of one stage's result on the first single-turn samples of `shards`."""
+    subject = Subject.load(teacher, stage)
+    pairs = single_turns(subject, ShardReader(ShardIndex.load(shards)), num_samples)
     # Another sample's question in front of this sample's answer: everything the student could
     # have known is wrong, the teacher's rows are right.
     moved = [*pairs[1:], pairs[0]]

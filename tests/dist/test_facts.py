@@ -3,12 +3,14 @@
 One kind of question (which digit is this), so that the teacher is good after half a minute.
 """
 
+import base64
 import json
 
 import pytest
 
 from data_tools.builder import build
 from data_tools.sources import digits
+from genrecal_ds.analysis.__main__ import main as analyse
 from genrecal_ds.analysis.probes import facts, main
 from genrecal_ds.evaluate.__main__ import evaluate
 from tests.fixtures import ROOT, run_ranks, write_recipe
@@ -56,3 +58,27 @@ def test_facts_of_the_method_hold_after_a_small_run(tmp_path, pair):
     for stage, values in probes.items():
         for fact, holds in facts(values).items():
             assert holds, f"after {stage} not: {fact}: {values}"
+
+    # Figure 7: the regularizer is what makes the diagonal stand out.
+    bare = [{"kind": "align", "steps": 200, "losses": {"regularizer": "none"}}]
+    without = train(tmp_path, data, "without", bare, student, teacher, lr=1e-3)
+    out, predictions = tmp_path / "figures", []
+    for name, folder in (("teacher", teacher), ("student", run / "distill/student")):
+        evaluate(folder, held, tmp_path / f"{name}.json")
+        file = tmp_path / f"{name}.predictions.jsonl"
+        predictions += ["--predictions", f"{name}={folder}={file}"]
+    arguments = [str(run), str(held), "--against", str(without), "--out", str(out)]
+    assert analyse([*arguments, *predictions]) == 0
+    found = json.loads((out / "analysis.json").read_text())
+    leads = [c["diagonal"] - c["off_diagonal"] for c in found["cosines"].values()]
+    assert leads[0] > leads[1] + 0.1, found["cosines"]
+    assert found["own_ce"]["teacher"] < found["own_ce"]["student"]
+    apart, joined = (found["nearest_is_of_the_other_model"][f"{place} the Recalibrator, at the end"]
+                     for place in ("before", "after"))  # fmt: skip
+    assert apart < joined
+    assert found["calibration"]["teacher"]["right"] > found["calibration"]["teacher"]["wrong"]
+    assert sum(found["errors"]["kinds"]["digit"].values()) == 128
+    page = (out / "analysis.html").read_text()
+    for name in ("losses", "cosines", "features"):
+        picture = (out / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and base64.b64encode(picture).decode() in page

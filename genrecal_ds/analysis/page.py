@@ -1,0 +1,62 @@
+"""analysis.html: figures and tables on one page that loads nothing. Every text is escaped."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>genrecal_ds: analysis</title>
+<style>
+body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1150px; color: #1f2328 }
+table { border-collapse: collapse; margin: .5em 0 }
+td, th { border: 1px solid #d0d7de; padding: 3px 9px; text-align: left }
+img { max-width: 100% }
+</style>
+<h1>{{ result.run }}</h1>
+<p>{{ result.num_samples }} held-out conversations of one turn. Own CE before training: teacher
+{{ "%.3f"|format(result.own_ce.teacher) }}, student {{ "%.3f"|format(result.own_ce.student) }}.</p>
+{% for title, address in figures %}
+<h2>{{ title }}</h2><img src="{{ address }}" alt="{{ title }}">
+{% endfor %}
+<h2>Cosines of boundary rows</h2>
+<table><tr><th>run<th>diagonal<th>off-diagonal</tr>
+{% for name, cosine in result.cosines.items() %}
+<tr><td>{{ name }}<td>{{ "%.3f"|format(cosine.diagonal) }}
+<td>{{ "%.3f"|format(cosine.off_diagonal) }}</tr>
+{% endfor %}</table>
+<h2>Rows whose nearest neighbour is the other model's</h2>
+<table>{% for place, share in result.nearest_is_of_the_other_model.items() %}
+<tr><td>{{ place }}<td>{{ "%.2f"|format(share) }}</tr>{% endfor %}</table>
+{% if result.calibration %}
+<h2>How sure answers are</h2>
+<table><tr><th>model<th>ECE<th>confidence when right<th>when wrong<th>n</tr>
+{% for name, c in result.calibration.items() %}
+<tr><td>{{ name }}<td>{{ "%.3f"|format(c.ece) }}
+<td>{{ "-" if c.right is none else "%.3f"|format(c.right) }}
+<td>{{ "-" if c.wrong is none else "%.3f"|format(c.wrong) }}<td>{{ c.n }}</tr>
+{% endfor %}</table>
+<h2>Errors: {{ result.errors.of[0] }}, then {{ result.errors.of[1] }}</h2>
+<table>{% for kind, outcomes in result.errors.kinds.items() %}
+<tr><td>{{ kind }}<td>{% for outcome, count in outcomes.items() %}{{ outcome }}: {{ count }}
+{% endfor %}</tr>{% endfor %}</table>
+{% endif %}
+</html>
+"""
+
+
+def write_page(result: Mapping[str, Any], titles: Mapping[str, str], out: Path) -> None:
+    """titles: of the PNG files in out that are shown, in order."""
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
+    shown = [(title, data_address(out / name)) for name, title in titles.items()]
+    page = template.from_string(_PAGE).render(result=result, figures=shown)
+    (out / "analysis.html").write_text(page)
+
+
+def data_address(png: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
