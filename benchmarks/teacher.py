@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, 
         *arguments.overrides, f"stages.distill.steps={arguments.steps}",
         f"stages.distill.student={align / 'student'}",
         f"stages.distill.recalibrator={align / 'recalibrator'}",
-        "log.every=1", "log.gradient_norms_every=0",
+        "log.every=1", "log.probes_every=0",
         "log.validate_every=0", "log.validation_samples=1",
     ]  # fmt: skip
     steps: dict[str, list[dict]] = {name: [] for name in VARIANTS}

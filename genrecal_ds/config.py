@@ -222,9 +222,12 @@ class DeepSpeedConfig(Section):
 
 class LogConfig(Section):
     every: int = Field(1, gt=0)  # steps per jsonl line
-    gradient_norms_every: int = Field(0, ge=0)  # student's gradient norm per term; 0 = off
+    probes_every: int = Field(0, ge=0)  # what each class of rows learns, and from where; 0 = off
     validate_every: int = Field(0, ge=0)  # validation loss; 0 = only at the end of a stage
     validation_samples: int = Field(256, gt=0)
+    evaluate_every: int = Field(0, ge=0)  # scores of answers to data.validation; 0 = off
+    evaluation_samples: int = Field(64, gt=0)
+    evaluation_tokens: int = Field(32, gt=0)  # the longest answer
     tensorboard: bool = False
     wandb: str | None = None  # the project's name
 
@@ -299,6 +302,8 @@ class Recipe(Section):
             )
         if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
             raise ValueError("teacher.path and student.path are the same folder; name two models")
+        if self.log.evaluate_every and not self.data.validation:
+            raise ValueError("log.evaluate_every: needs data.validation, shards to answer")
         if self.profile:
             first, last = map(int, self.profile.split(":"))
             if first >= last:

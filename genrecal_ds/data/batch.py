@@ -187,7 +187,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _student_batch(pairs: list[Pair], rules: dict[str, str]) -> StudentBatch:
-    inputs = _pad_side([pair.student for pair in pairs], rules)
+    inputs = pad_side([pair.student for pair in pairs], rules)
     rows, labels, boundary = _loss_rows(pairs, [p.student for p in pairs], inputs)
     return StudentBatch(inputs, rows, labels, boundary)
 
@@ -196,7 +196,7 @@ def _teacher_batch(
     pairs: list[Pair], rules: dict[str, str], student: StudentBatch, with_regular: bool
 ) -> TeacherBatch:
     views = [pair.teacher for pair in pairs if pair.teacher is not None]
-    inputs = _pad_side(views, rules)
+    inputs = pad_side(views, rules)
     targets, labels, boundary = _loss_rows(pairs, views, inputs)
     width = inputs.input_ids.shape[1]
     answer_rows = [_rows(view.answers, b * width) for b, view in enumerate(views)]
@@ -208,7 +208,8 @@ def _teacher_batch(
     return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing)
 
 
-def _pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
+def pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
+    """One model's inputs of several conversations; rules: collate's, of this side."""
     longest = max(len(view.input_ids_T) for view in views)
     input_ids = torch.empty(len(views), longest, dtype=torch.int64)
     attention_mask = torch.zeros(len(views), longest, dtype=torch.int64)

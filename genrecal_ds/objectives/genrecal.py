@@ -59,8 +59,10 @@ class GenRecal(nn.Module):
             # ZeRO-3 adds to a STALE gradient when a parameter first gets one late in a window;
             # this keeps the whole body in every micro-step's graph, whatever the terms are.
             loss = loss + 0.0 * hidden_BSD.sum()
+        if probe:
+            self._probe_questions(hidden_BSD, batch.teacher, teacher_rows, report)
         if probe and self.trains_student:
-            self._probe(hidden_BSD, batch, teacher_rows, totals, report)
+            self._probe_gradients(hidden_BSD, batch, teacher_rows, totals, report)
         return loss, report
 
     def _recalibrate(
@@ -108,7 +110,27 @@ class GenRecal(nn.Module):
         report.add_rows("student_ce", ce_M, batch.student.boundary_M, valid_M)
         return ce_sum / totals.student_rows
 
-    def _probe(
+    @torch.no_grad()
+    def _probe_questions(
+        self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows, report: Report
+    ) -> None:
+        """L_ar and L_kl of the mixed pass with another sample's question states, and with none."""
+        labels_N, packing = teacher.labels_N, teacher.packing
+        exchanged = packing._replace(source_P=exchanged_questions(teacher, hidden_BSD.shape[1]))
+        is_alone = len(hidden_BSD) == 1  # no other sample to exchange with
+        for name, hidden, of in (
+            ("shuffled", hidden_BSD, exchanged),
+            ("zeroed", torch.zeros_like(hidden_BSD), packing),
+        ):
+            rows_NH = self.recalibrator(hidden, teacher_rows.inputs_AH, of)[: len(labels_N)]
+            out = self.teacher_head.loss(
+                rows_NH[None], teacher_rows.targets_NH, labels_N, [1.0], [1.0]
+            )
+            valid_N = (labels_N != IGNORE) & (not (is_alone and name == "shuffled"))
+            for term, values_N in (("ar", out.ce_KN[0]), ("kl", out.kl_KN[0])):
+                report.add_rows(f"probe/{term}_{name}", values_N, teacher.boundary_N, valid_N)
+
+    def _probe_gradients(
         self,
         hidden_BSD: Tensor,
         batch: PairBatch,
@@ -141,3 +163,27 @@ class GenRecal(nn.Module):
             (gradient,) = torch.autograd.grad(ce_sum, leaf_BSD)
             square = (gradient.float() / totals.student_rows).square().sum()
             report.norms["gradient/student_ce"] = square
+
+
+def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
+    """packing.source_P with each sequence's question states taken from the next sequence's turn.
+
+    Counted back from a question's last row, so that boundary rows meet boundary rows; what the
+    other's sequence does not have is its first row.
+    """
+    packing = teacher.packing
+    num_rows = len(teacher.boundary_N)  # of the mixed pass, which comes first
+    ends = packing.loss_rows[:num_rows][teacher.boundary_N]  # last question row of each turn
+    source_P = packing.source_P.long()
+    sequence_of_turn = packing.sequence_P[ends]
+    num_mixed = int(sequence_of_turn[-1]) + 1
+    following = (sequence_of_turn + 1) % num_mixed
+    first_turn_of = torch.searchsorted(sequence_of_turn, following)
+    other_end = source_P[ends[first_turn_of]]  # its flat student row
+    rows = torch.arange(len(source_P), device=source_P.device)
+    turn_P = torch.searchsorted(ends, rows).clamp(max=len(ends) - 1)
+    back_P = ends[turn_P] - rows
+    other_P = other_end[turn_P]
+    first_P = torch.div(other_P, student_length, rounding_mode="floor") * student_length
+    moved_P = torch.maximum(other_P - back_P, first_P)
+    return torch.where(source_P >= 0, moved_P, source_P).to(packing.source_P.dtype)

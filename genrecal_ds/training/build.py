@@ -21,6 +21,7 @@ from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
 from genrecal_ds.data.plan import PADDING, Order, StepPlan
+from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.chat import ChatEncoder
@@ -38,6 +39,7 @@ from genrecal_ds.objectives.mot import MultiLevelOT
 from genrecal_ds.objectives.supervised import Supervised
 from genrecal_ds.objectives.token_kd import TokenKD
 from genrecal_ds.objectives.uld import sorted_distance
+from genrecal_ds.training.answers import InLoopScores
 from genrecal_ds.training.engine import (
     StudentEngine,
     Teacher,
@@ -68,6 +70,7 @@ class StageParts:
     teacher: Teacher | TeacherFromCache | None
     writer: FeatureWriter | None  # of the teacher's rows
     export: Callable[[Path], None]  # a collective: writes the stage's result folders
+    answer: Callable[[], dict[str, float]] | None  # a collective: scores of the student's answers
     clock: Clock
     facts: dict[str, Any]  # of this start: versions, where pixels come from, memory of every rank
 
@@ -99,6 +102,7 @@ def build_stage(
         width = teacher_width(recipe)
         writer = cache.writer_with_room(index, _samples_of(stage, plan, index), width)
 
+    scores = _in_loop_scores(recipe, stage, inputs)
     refuse_other_architecture(student_folder, recipe.student.path)
     torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
     student = load_student(student_folder, recipe)
@@ -118,6 +122,7 @@ def build_stage(
         monitor_config(run_folder, recipe.log.tensorboard, recipe.log.wandb),
     )
     _check_logits(student, encoders.student)
+    answer = None if scores is None else (lambda: scores(engine.module.student))
     if teacher and teacher.module is not None:
         _check_logits(teacher.module.teacher, encoders.teacher)
     return StageParts(
@@ -128,6 +133,7 @@ def build_stage(
         teacher=teacher,
         writer=writer,
         export=_exporter(engine, student_folder, recipe),
+        answer=answer,
         clock=clock,
         facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage)},
     )
@@ -157,6 +163,22 @@ def _data(
         window=data.length_window,
     )
     return index, StepPlan(order), inputs.indices[data.validation] if data.validation else None
+
+
+def _in_loop_scores(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> InLoopScores | None:
+    """None where they are off, and in align, where the student stays as it is."""
+    log, folder = recipe.log, recipe.data.validation
+    if not log.evaluate_every or folder is None or stage.kind == "align":
+        return None
+    scores = InLoopScores(
+        inputs.encoders[False],
+        ShardReader(inputs.indices[folder]),
+        log.evaluation_samples,
+        recipe.micro_batch(stage),
+        log.evaluation_tokens,
+    )
+    scores.refuse()
+    return scores
 
 
 def _teacher_in_words(recipe: Recipe, stage: StageConfig) -> str | None:

@@ -27,6 +27,7 @@ from genrecal_ds.training.build import StageParts
 from genrecal_ds.training.checkpoint import Checkpoints
 from genrecal_ds.training.counts import SampleCounts
 from genrecal_ds.training.faults import Faults
+from genrecal_ds.training.health import warnings_of
 from genrecal_ds.training.manifest import write_atomically
 from genrecal_ds.training.progress import Profiler, Progress, peak_memory_gib
 from genrecal_ds.training.records import finite, rates, token_counts
@@ -52,6 +53,7 @@ class Trainer:
         self.plan_start = 0  # the step at which the current data's first epoch began
         self.next_step = 0
         self.stop_asked = False
+        self.warned: set[str] = set()
         self.batch_read = 0  # digest of the samples of the step under way, over all ranks
         self.log = JsonlLog(self.folder / "metrics.jsonl")
         self.ledger = JsonlLog(self.folder / "ledger.jsonl")
@@ -118,8 +120,7 @@ class Trainer:
         # Randomness (dropout of adapters) is a function of the step: nothing to save or restore.
         torch.manual_seed(_seed(self.recipe.seed, step))
         totals = self._totals(step, micro)
-        every = self.recipe.log.gradient_norms_every
-        probe = bool(every) and step % every == 0
+        probe = self._is_due(self.recipe.log.probes_every, step)
         parts.student.set_lr(learning_rate(step, self.num_steps, self.stage, self.recipe.optimizer))
         parts.student.train()
         report, losses = Report(), []
@@ -241,24 +242,45 @@ class Trainer:
         )  # fmt: skip
 
     def _is_logged(self, step: int) -> bool:
-        return (step + 1) % self.recipe.log.every == 0 or step + 1 == self.num_steps
+        log = self.recipe.log
+        is_due = self._is_due(log.every, step) or self._is_due(log.probes_every, step)
+        return is_due or step + 1 == self.num_steps
+
+    @staticmethod
+    def _is_due(every: int, step: int) -> bool:
+        return bool(every) and (step + 1) % every == 0
+
+    def _warn(self, warnings: dict[str, str]) -> None:
+        """Each once in a stage."""
+        if dist.is_main():
+            for name in warnings.keys() - self.warned:
+                print(f"{self.stage.name}: warning: {warnings[name]}", file=sys.stderr, flush=True)
+        self.warned |= warnings.keys()
 
     def _record(
         self, step: int, micro: list[PairBatch], report: Report, seconds: float
     ) -> dict[str, Any]:
         """One step's line; {} on steps that are not logged. A collective on the others."""
         phases = self.parts.clock.take()
-        validates = self.recipe.log.validate_every
-        is_validated = (validates and (step + 1) % validates == 0) or step + 1 == self.num_steps
-        if not (self._is_logged(step) or is_validated):
+        log, is_last = self.recipe.log, step + 1 == self.num_steps
+        is_validated = self._is_due(log.validate_every, step) or is_last
+        answer = self.parts.answer
+        is_answered = answer and (self._is_due(log.evaluate_every, step) or is_last)
+        if not (self._is_logged(step) or is_validated or is_answered):
             return {}
         metrics = report.reduce()
         norm, tokens = self.parts.student.gradient_norm, token_counts(micro)
         watched = {"loss": metrics.get("loss", 0.0), "gradient_norm": norm}
         spikes = self.faults.check_spikes(step, micro, watched)
+        warnings = warnings_of(metrics, (step + 1) / self.num_steps)
+        self._warn(warnings)
         if is_validated:
             metrics |= self.validate()
-            self.parts.clock.take()
+        if answer and is_answered:
+            self.parts.student.train(False)
+            with self.parts.clock.phase("evaluation"):
+                metrics |= answer()
+        self.parts.clock.take()
         return {
             "step": step + 1,
             "samples": (step + 1) * self.parts.plan.global_batch,
@@ -275,6 +297,7 @@ class Trainer:
             "left_out": self.counts.state(),
             "skipped": self.faults.skipped,
             "spikes": spikes,
+            "warnings": sorted(warnings),
         }
 
     def _checkpoint(self) -> None:

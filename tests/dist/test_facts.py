@@ -24,10 +24,11 @@ def shards_of_single_digits(folder, split, count):
     return folder
 
 
-def train(folder, data, name, stages, student, teacher=None, lr=2e-3):
+def train(folder, data, name, stages, student, teacher=None, lr=2e-3, **more):
     tree = dict(
         run_dir=str(folder / name), precision="fp32",
-        student={"path": str(student), "max_length": 128}, data={"train": str(data)},
+        student={"path": str(student), "max_length": 128},
+        data={"train": str(data), "validation": str(folder / "heldout")}, **more,
         batch={"global_batch": 32, "micro_batch": 16},
         optimizer={"lr": lr, "final_lr": lr / 20}, stages=stages,
     )  # fmt: skip
@@ -42,14 +43,29 @@ def test_facts_of_the_method_hold_after_a_small_run(tmp_path, pair):
     held = shards_of_single_digits(tmp_path / "heldout", "heldout", 128)
     pretrain = [{"kind": "pretrain", "steps": 250}]
     teacher = train(tmp_path, data, "teacher", pretrain, pair / "teacher_init")
+    # An odd number of samples: one rank has one more than the other.
+    log = {"evaluate_every": 60, "evaluation_samples": 37, "evaluation_tokens": 8}
     student = train(tmp_path, data, "student", [{"kind": "pretrain", "steps": 120}],
-                    pair / "student_init", lr=3e-3)  # fmt: skip
+                    pair / "student_init", lr=3e-3, log=log)  # fmt: skip
+    lines = [json.loads(line) for line in (student / "pretrain/metrics.jsonl").open()]
+    in_loop = {line["step"]: line["metrics"].get("evaluation/overall") for line in lines}
+    assert [step for step, value in in_loop.items() if value is not None] == [60, 120]
     teacher, student = teacher / "pretrain/student", student / "pretrain/student"
     score = evaluate(teacher, held, tmp_path / "score.json")["scores"]["overall"]["score"]
+    last = evaluate(student, held, tmp_path / "37.json", limit=37, max_new_tokens=8)["scores"]
+    assert in_loop[120] == pytest.approx(last["overall"]["score"]) and in_loop[120] > 0.2
     assert score > 0.75  # chance is .1: without a teacher that knows there is nothing to test
 
     stages = [{"kind": "align", "steps": 200}, {"kind": "distill", "steps": 60}]
-    run = train(tmp_path, data, "genrecal", stages, student, teacher, lr=1e-3)
+    log = {"probes_every": 20}
+    run = train(tmp_path, data, "genrecal", stages, student, teacher, lr=1e-3, log=log)
+    for stage in ("align", "distill"):
+        last = json.loads((run / stage / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["warnings"] == [], last
+        values = last["metrics"]
+        assert values["probe/kl_shuffled_boundary"] > 2 * values["kl_boundary"]
+        assert values["probe/kl_zeroed_boundary"] > 2 * values["kl_boundary"]
+        assert abs(values["probe/ar_zeroed_other"] - values["ar_other"]) < 0.1
     out = tmp_path / "probes.json"
     arguments = [str(teacher), str(run / "align"), str(run / "distill"), str(held)]
     assert main([*arguments, "--out", str(out)]) == 0

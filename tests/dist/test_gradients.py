@@ -34,7 +34,7 @@ def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_
         batch={"global_batch": 8, "micro_batch": 2},
         optimizer={"lr": 1e-3, "clip": 0.0},
         deepspeed=partitioning_ds_configs(folder),
-        log={"gradient_norms_every": 1},  # the probe must leave no gradient behind
+        log={"probes_every": 1},  # the probe must leave no gradient behind
         stages=[{"kind": kind, "steps": 2, "losses": LOSSES.get(kind, {})}],
     )  # fmt: skip
 

@@ -116,7 +116,7 @@ def test_bf16_offload_and_monitor_need_no_compiler(tmp_path, pair, shards):
     configs = {"student": "student_zero3_offload", "teacher": "teacher_zero3_offload"}
     tree = recipe_tree(
         tmp_path, pair, shards, precision="bf16", deepspeed=configs,
-        log={"tensorboard": True, "gradient_norms_every": 1}, profile="1:2",
+        log={"tensorboard": True, "probes_every": 1}, profile="1:2",
         stages=[{"kind": "distill", "steps": 2}],
     )  # fmt: skip
     recipe = write_recipe(tmp_path / "r.yaml", **tree)
