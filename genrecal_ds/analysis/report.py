@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from genrecal_ds.analysis.page import data_address
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 
@@ -33,9 +34,13 @@ CHARTS = (
 
 
 def write_report(
-    run: Path, teacher: dict[str, Any], students: dict[str, dict], seconds: dict[str, float]
-) -> dict[str, Any]:
-    """Write run/report.json and run/report.html from scores, run/probes.json and the logs."""
+    run: Path, teacher: dict[str, Any], students: dict[str, dict], seconds: dict[str, float],
+    tables: Sequence[Path] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Write run/report.json and run/report.html from scores, run/probes.json and the logs.
+
+    With what is there of: figures, in run/figures, and tables of genrecal_ds.ablate.
+    """
     probes = run / "probes.json"
     packages = ("torch", "deepspeed", "transformers", "webdataset")
     report = {
@@ -44,12 +49,14 @@ def write_report(
         "probes": json.loads(probes.read_text()) if probes.is_file() else {},
         "seconds": seconds,
         "versions": {name: version(name) for name in packages},
+        "tables": [json.loads(path.read_text()) for path in tables if path.is_file()],
     }
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     curves = {stage: read_log(run / "genrecal" / stage) for stage in ("align", "distill", "sft")}
     answers = read_answers(run / "scores", ["teacher", *students], "heldout")
     pictures = _pictures(run / "data/heldout", answers)
-    (run / "report.html").write_text(render(report, curves, answers, pictures))
+    figures = [data_address(path) for path in sorted((run / "figures").glob("*.png"))]
+    (run / "report.html").write_text(render(report, curves, answers, pictures, figures))
     return report
 
 
@@ -115,7 +122,7 @@ def _cell(score: dict[str, Any], with_interval: bool = False) -> str:
 
 def render(
     report: dict[str, Any], curves: dict[str, list[dict]], answers: list[dict[str, Any]],
-    pictures: dict[int, list[str]],
+    pictures: dict[int, list[str]], figures: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """The page. Every text from data or models is escaped; pictures are data: addresses."""
     charts = [
@@ -129,6 +136,8 @@ def render(
         scores=_score_table(report),
         charts="".join(chart for chart in charts if chart),
         probes=_probe_tables(report["probes"]),
+        tables="".join(map(_arms_tables, report.get("tables", []))),
+        figures="".join(f'<p><img src="{address}" alt="">' for address in figures),
         examples="".join(_example(record, pictures) for record in answers[:NUM_EXAMPLES]),
         seconds=seconds,
         versions=html.escape(versions),
@@ -163,6 +172,25 @@ def _probe_tables(probes: dict[str, Any]) -> str:
             f"Cosine of boundary rows, mixed against regular: diagonal "
             f"{cosine['diagonal']:.2f}, off-diagonal {cosine['off_diagonal']:.2f}.</p>"
         )
+    return "".join(parts)
+
+
+def _arms_tables(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """Those of genrecal_ds.ablate, a partial one said to be so."""
+    parts = []
+    for title, rows in tables.items():
+        done, asked = (sum(values) for values in zip(
+            *((len(row["scores"]), row["num_seeds"]) for row in rows), strict=True
+        ))  # fmt: skip
+        partial = "" if done == asked else f" (partial: {done} of {asked} runs)"
+        parts.append(f"<h3>{html.escape(title + partial)}</h3><table><tr><th>arm<th>by seed"
+                     f"<th>minus {html.escape(rows[0]['arm'])} [95 %]")  # fmt: skip
+        for row in rows:
+            by_seed = " ".join(f"{score:.3f}" for _, score in sorted(row["scores"].items()))
+            paired = row["paired"]
+            difference = "" if paired is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired)
+            parts.append(f"<tr><td>{html.escape(row['arm'])}<td>{by_seed}<td>{difference}")
+        parts.append("</table>")
     return "".join(parts)
 
 
@@ -249,6 +277,7 @@ body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1150px; c
 table {{ border-collapse: collapse; margin: .5em 0 }}
 td, th {{ border: 1px solid #d0d7de; padding: 3px 9px; text-align: left }}
 figure {{ display: inline-block; vertical-align: top; margin: 0 1em 1em 0 }}
+p img {{ max-width: 100% }}
 figure img {{ image-rendering: pixelated; width: 128px }}
 svg text {{ font-size: 11px; fill: #57606a }}
 .right td {{ color: #1a7f37 }} .wrong td {{ color: #d1242f }}
@@ -259,6 +288,8 @@ svg text {{ font-size: 11px; fill: #57606a }}
 <h2>Where the student's knowledge enters</h2>
 <p>The mixed pass with the student's question states q_s as they are, of another sample, and zeroed.
 Only boundary rows (the last question row) can tell the difference.</p>{probes}
+<h2>Figures</h2>{figures}
+<h2>Arms over seeds</h2>{tables}
 <h2>Examples, the last model's errors first</h2>{examples}
 <h2>Seconds</h2><table>{seconds}</table><p>{versions}</p>
 </html>

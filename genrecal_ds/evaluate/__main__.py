@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 def evaluate(
     model: Path, shards: Path, out: Path, *, limit: int | None = None,
     batch_size: int = 64, max_new_tokens: int = 32, metric: str | None = None,
+    instruction: str = "", final_after: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Generate, score, write out and its predictions; returns what out holds. A collective.
 
-    metric: one for all kinds, by name; default each kind's own.
+    metric: one for all kinds, by name; default each kind's own. instruction: a line behind every
+    question. final_after: of an answer that holds it, what follows its last occurrence is scored.
     """
     from genrecal_ds import dist
     from genrecal_ds.data.index import ShardIndex
@@ -51,21 +53,27 @@ def evaluate(
         samples = [_without_pictures(reader.read(number)) for number in range(num_samples)]
         refusal = _refusal(samples, metric)  # before minutes of generation, not after
     dist.raise_together(refusal)
-    facts = _facts(model, reader.index.fingerprint, batch_size, max_new_tokens)
+    facts = _facts(model, reader.index.fingerprint, batch_size, max_new_tokens, instruction)
     parts = out.with_suffix(".parts")
     predictions = predict(
-        model, reader, num_samples, parts, facts | {"limit": limit}, batch_size, max_new_tokens
-    )
+        model, reader, num_samples, parts, facts | {"limit": limit}, batch_size, max_new_tokens,
+        instruction,
+    )  # fmt: skip
     result = None
     if dist.is_main():
         values = [
-            float(METRICS[metric or metric_of(sample.kind)](prediction, sample.answers))
+            float(
+                METRICS[metric or metric_of(sample.kind)](
+                    final_answer(prediction, final_after), sample.answers
+                )
+            )
             for sample, prediction in zip(samples, predictions, strict=True)
         ]
         kinds = [sample.kind for sample in samples]
         result = {
             "scores": scores_by_kind(kinds, values),
             "metrics": {kind: metric or metric_of(kind) for kind in sorted(set(kinds))},
+            "final_after": final_after,
             **facts,
         }
         _write(out, result, samples, predictions, values)
@@ -73,12 +81,19 @@ def evaluate(
     return dist.from_main(result)
 
 
+def final_answer(text: str, marker: str) -> str:
+    """What follows the marker's last occurrence; all of a text without it."""
+    return text.rpartition(marker)[2] if marker else text
+
+
 def _without_pictures(sample: "Sample") -> "Sample":
     """Thousands of decoded pictures would be kept for the time of the scores."""
     return replace(sample, images=[])
 
 
-def _facts(model: Path, data: str, batch_size: int, max_new_tokens: int) -> dict[str, Any]:
+def _facts(
+    model: Path, data: str, batch_size: int, max_new_tokens: int, instruction: str
+) -> dict[str, Any]:
     """What decides the answers."""
     import torch
     from transformers import GenerationConfig
@@ -99,6 +114,7 @@ def _facts(model: Path, data: str, batch_size: int, max_new_tokens: int) -> dict
         },
         "prompt": {
             "turns": "all but the last assistant turn",
+            "instruction": instruction,
             "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         },
         "interval": "95 %: Wilson's where all values are 0 or 1, else bootstrap",
@@ -165,6 +181,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--metric", help=f"for all kinds; default each kind's own: {', '.join(METRICS)}"
     )
+    parser.add_argument("--instruction", default="", help="a line behind every question")
+    parser.add_argument(
+        "--final-after", default="", metavar="TEXT",
+        help="score what follows its last occurrence in an answer, for answers that reason",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
@@ -173,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
         result = evaluate(
             arguments.model, arguments.shards, arguments.out, limit=arguments.limit,
             batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
-            metric=arguments.metric,
+            metric=arguments.metric, instruction=arguments.instruction,
+            final_after=arguments.final_after,
         )  # fmt: skip
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 Shapes: B prompts of one batch, T longest prompt.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from genrecal_ds.data.batch import collate_vision
+from genrecal_ds.data.pair import Messages
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.vlm import plain_model
@@ -25,6 +27,7 @@ class Generator:
 
     folder: Path
     max_new_tokens: int = 32
+    instruction: str = ""  # a line of its own behind every question
     max_length: int = 1 << 20  # prompts are never cut
 
     def __post_init__(self) -> None:
@@ -40,7 +43,10 @@ class Generator:
 
     @torch.no_grad()
     def _answer(self, samples: Sequence[Sample]) -> list[str]:
-        prompts = [self.encoder.prompt(s.messages[:-1], s.images) for s in samples]
+        prompts = [
+            self.encoder.prompt(instructed(s.messages[:-1], self.instruction), s.images)
+            for s in samples
+        ]
         inputs = left_pad(prompts, self.encoder)
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
         tokens = self.model.generate(
@@ -52,6 +58,15 @@ class Generator:
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def instructed(messages: Messages, instruction: str) -> Messages:
+    """The turns with a line added to the last one."""
+    if not instruction:
+        return messages
+    last = copy.deepcopy(messages[-1])
+    last["content"].append({"type": "text", "text": "\n" + instruction})
+    return [*messages[:-1], last]
 
 
 def left_pad(prompts: Sequence[dict[str, Tensor]], encoder: ChatEncoder) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def join_ranks() -> None:
 
 def predict(
     model: Path, reader: ShardReader, num_samples: int, parts: Path, identity: dict[str, Any],
-    batch_size: int, max_new_tokens: int,
+    batch_size: int, max_new_tokens: int, instruction: str = "",
 ) -> list[str]:  # fmt: skip
     """One answer for each of the first samples, in order, on every rank. A collective.
 
@@ -47,7 +47,7 @@ def predict(
     missing = [batch for batch in range(num_batches) if batch not in known]
     own = missing[dist.rank() :: dist.world_size()]
     if own:
-        generator = Generator(model, max_new_tokens)
+        generator = Generator(model, max_new_tokens, instruction)
         path = _new_part(parts)
         is_shown = dist.is_main() and sys.stdout.isatty()
         with path.open("w") as file:

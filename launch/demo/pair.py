@@ -57,11 +57,13 @@ STUDENT_TEMPLATE = (
 
 
 def build_pair(texts: Iterable[str], out: Path, seed: int = 0) -> None:
-    """Write out/teacher_init and out/student_init; tokenizers are trained on `texts`."""
+    """Write out/teacher_init, out/student_init, and out/twin_init: a student of the teacher's
+    family and tokenizer, for baselines that need one. Tokenizers are trained on `texts`."""
     lines = list(texts)
     torch.manual_seed(seed)
     build_teacher(lines, out / "teacher_init")
     build_student(lines, out / "student_init")
+    build_teacher(lines, out / "twin_init", width=64, layers=2)
 
 
 def build_teacher(lines: list[str], folder: Path, *, width: int = 128, layers: int = 3) -> None:

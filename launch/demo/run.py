@@ -48,6 +48,9 @@ STUDENTS = {
     "stage3": "genrecal/sft/student",
 }
 TEACHER = "teacher/learn/student"
+# Shown in the report where the grids were run; see launch/recipes/grids.
+GRIDS = (Path("runs/ablation"), Path("runs/ablation_twin"))
+WITHOUT_REGULARIZER = GRIDS[0] / "no-regularizer/seed-1"
 
 
 @dataclass
@@ -153,6 +156,17 @@ class Demo:
             "--out", str(self.folder / "probes.json"),
         ])  # fmt: skip
 
+    def draw(self) -> None:
+        """The paper's figures; beside a run without the regularizer, where there is one."""
+        scores, folder = self.folder / "scores", str(self.folder)
+        command = ["-m", "genrecal_ds.analysis", f"{folder}/genrecal", f"{folder}/data/heldout"]
+        for name, model in {"teacher": TEACHER, **STUDENTS}.items():
+            answers = scores / f"{name}.heldout.predictions.jsonl"
+            command += ["--predictions", f"{name}={self.folder / model}={answers}"]
+        if (WITHOUT_REGULARIZER / "distill/DONE").is_file():
+            command += ["--against", str(WITHOUT_REGULARIZER)]
+        self._python([*command, "--out", str(self.folder / "figures")])
+
     def _python(self, arguments: list[str]) -> None:
         _check([sys.executable, *arguments])
 
@@ -200,9 +214,12 @@ def run(folder: Path, is_cached: bool = False) -> None:
     students = {name: demo.evaluate(name, model, "heldout") for name, model in STUDENTS.items()}
     demo.step("probes", folder / "probes.json", demo.probe)
 
+    demo.step("figures", folder / "figures/analysis.html", demo.draw)
+
     from genrecal_ds.analysis.report import print_table, write_report
 
-    report = write_report(folder, teacher, students, demo.seconds)
+    tables = [grid / "tables.json" for grid in GRIDS]
+    report = write_report(folder, teacher, students, demo.seconds, tables)
     print_table(report)
     print(f"\n{folder / 'report.html'}  {folder / 'report.json'}")
     require_facts(report["probes"]["distill"])  # last: a failed run needs its report most

@@ -231,3 +231,16 @@ def test_samples_without_answers_are_refused_before_generation(
 def test_export_refuses_what_is_no_result(tmp_path):
     with pytest.raises(UserError, match="neither a finished stage"):
         export(tmp_path, tmp_path / "out")
+
+
+def test_final_answers_and_instructions():
+    from genrecal_ds.evaluate.__main__ import final_answer
+    from genrecal_ds.evaluate.generate import instructed
+
+    assert final_answer("3 + 4. Answer: 8, no. Answer: 7", "Answer:") == " 7"
+    assert final_answer("just 7", "Answer:") == "just 7" == final_answer("just 7", "")
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    assert instructed(turns, "") is turns
+    asked = instructed(turns, "Explain.")
+    assert [part.get("text") for part in asked[-1]["content"]] == [None, "what?", "\nExplain."]
+    assert len(turns[-1]["content"]) == 2
