@@ -84,6 +84,7 @@ setup(
         "ds_configs": ["*.json"],
         "launch": [
             "recipes/**/*.yaml",
+            "grids/*.yaml",
             "slurm/*",
             "containers/*",
             "hostfile*",

@@ -48,7 +48,7 @@ STUDENTS = {
     "stage3": "genrecal/sft/student",
 }
 TEACHER = "teacher/learn/student"
-# Shown in the report where the grids were run; see launch/recipes/grids.
+# Shown in the report where the grids were run; see launch/grids.
 GRIDS = (Path("runs/ablation"), Path("runs/ablation_twin"))
 WITHOUT_REGULARIZER = GRIDS[0] / "no-regularizer/seed-1"
 

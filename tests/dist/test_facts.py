@@ -38,6 +38,7 @@ def train(folder, data, name, stages, student, teacher=None, lr=2e-3, **more):
     return folder / name
 
 
+@pytest.mark.timeout(900)
 def test_facts_of_the_method_hold_after_a_small_run(tmp_path, pair):
     data = shards_of_single_digits(tmp_path / "train", "train", 4000)
     held = shards_of_single_digits(tmp_path / "heldout", "heldout", 128)

@@ -117,5 +117,5 @@ def test_shares_cover_all_runs_once():
 def test_packaged_grid_is_valid():
     from tests.fixtures import ROOT
 
-    grid = load_grid(ROOT / "launch/recipes/grids/demo.yaml")
+    grid = load_grid(ROOT / "launch/grids/demo.yaml")
     assert isinstance(grid, Grid) and set(sum(grid.tables.values(), ())) == set(grid.arms)
