@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -244,3 +245,16 @@ def test_final_answers_and_instructions():
     asked = instructed(turns, "Explain.")
     assert [part.get("text") for part in asked[-1]["content"]] == [None, "what?", "\nExplain."]
     assert len(turns[-1]["content"]) == 2
+
+
+def test_an_export_without_tokenizer_and_an_unknown_metric_are_one_line(
+    pair, shards, tmp_path, capsys
+):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(pair / "student_init" / name, tmp_path)
+    data, out = str(shards / "validation"), ["--out", str(tmp_path / "out.json")]
+    assert main([str(tmp_path), data, *out]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "copy tokenizer.json from the model's release" in printed
+    assert main([str(pair / "student_init"), data, *out, "--metric", "none"]) == 2
+    assert "error: --metric none: there are words, vqa," in capsys.readouterr().err

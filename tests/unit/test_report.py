@@ -27,6 +27,10 @@ def report():
     return {
         "teacher": scores(95), "students": {name: scores(50) for name in STUDENTS},
         "probes": {"distill": probe}, "seconds": {HOSTILE: 3.0}, "versions": {"torch": "2.13.0"},
+        "tables": [{HOSTILE: [
+            {"arm": HOSTILE, "scores": {"1": 0.5, "2": 0.6}, "num_seeds": 2, "paired": None},
+            {"arm": "other", "scores": {"1": 0.4}, "num_seeds": 2, "paired": [-0.1, -0.2, 0.0]},
+        ]}],
     }  # fmt: skip
 
 
@@ -37,7 +41,10 @@ def test_page_escapes_and_loads_nothing():
     }]  # fmt: skip
     values = [{"ar_boundary": 2.0, "kl_boundary": 0.1}, {"ar_boundary": 1.0, "kl_boundary": 0.2}]
     curves = {"distill": [{"step": n, "metrics": v} for n, v in enumerate(values, start=1)]}
-    page = render(report(), curves, answers, {0: ["data:image/png;base64,AAAA"]})
+    page = render(report(), curves, answers, {0: ["data:image/png;base64,AAAA"]},
+                  ["data:image/png;base64,BBBB"])  # fmt: skip
+    assert "(partial: 3 of 4 runs)" in page and "-0.100 [-0.200, +0.000]" in page
+    assert "0.500 0.600" in page and '<img src="data:image/png;base64,BBBB"' in page
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "http://" not in page and "https://" not in page and "default-src 'none'" in page
     assert page.count("<polyline") == 2
