@@ -85,7 +85,7 @@ def answers_in_numbers(
     for name, folder, _ in models:
         values = confidences(folder, samples, [line["prediction"] for line in records[name]])
         sure[name] = calibration(values, [line["score"] for line in records[name]])
-    (first, *_, last) = (records[models[0][0]], records[models[-1][0]])
+    first, last = records[models[0][0]], records[models[-1][0]]
     profile: dict[str, dict[str, int]] = {}
     for a, b in zip(first, last, strict=True):
         outcome = f"{_verdict(a)}, then {_verdict(b)}"

@@ -17,7 +17,7 @@ from genrecal_ds import dist
 from genrecal_ds.data.batch import pad_side, to_device
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.pair import EncodedChat
-from genrecal_ds.data.reader import Sample, ShardReader
+from genrecal_ds.data.reader import BadSample, Sample, ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.evaluate.metrics import METRICS, metric_of
 from genrecal_ds.models.chat import ChatEncoder
@@ -57,7 +57,10 @@ class InLoopScores:
     def refuse(self) -> None:
         """Raise UserError, before any training, for a sample that cannot be scored."""
         for number in range(min(self.num_samples, len(self.reader))):
-            sample = self.reader.read(number)
+            try:
+                sample = self.reader.read(number)
+            except BadSample as error:  # later, it would end one rank and leave the others waiting
+                raise UserError(f"log.evaluate_every: data.validation: {error}") from None
             if not sample.answers:
                 raise UserError(
                     f"log.evaluate_every: sample {sample.key} of data.validation has no answers to "
