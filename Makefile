@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo ablation test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -20,6 +20,19 @@ setup: ## make .venv (PYTHON=..., GENRECAL_TORCH_INDEX=...); demo and test do it
 
 demo: setup ## a whole distillation at toy size on the CPU, with a table (CACHE=1: teacher's rows kept)
 	$(IN_VENV) .venv/bin/python -m launch.demo.run $(if $(CACHE),--cache)
+
+# The teacher's rows first: runs beside each other may read one cache, not write it.
+ABLATION := launch/recipes/demo/ablation.yaml
+FILL := .venv/bin/python launch/train.py $(ABLATION) --cache-only stages.distill.steps=null \
+	stages.distill.epochs=1 run_dir=runs/ablation/fill
+ablation: setup ## the paper's ablations and the baselines, after `make demo`: about an hour on 2 cores
+	$(IN_VENV) $(FILL) data.train=runs/demo/data/train
+	$(IN_VENV) $(FILL) data.train=runs/demo/data/share
+	$(IN_VENV) .venv/bin/python -m genrecal_ds.ablate $(ABLATION) --jobs $(or $(JOBS),2) \
+		--grid launch/grids/demo.yaml --out runs/ablation
+	$(IN_VENV) .venv/bin/python launch/train.py launch/recipes/demo/twin.yaml
+	$(IN_VENV) .venv/bin/python -m genrecal_ds.ablate $(ABLATION) --jobs $(or $(JOBS),2) \
+		--grid launch/grids/demo_twin.yaml --out runs/ablation_twin
 
 test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
 	.venv/bin/ruff check .

@@ -93,6 +93,9 @@ setup(
             "demo/**/*.jinja",
         ],
     },
-    entry_points={"console_scripts": ["genrecal-train = launch.train:main"]},
+    entry_points={
+        "console_scripts": ["genrecal-train = launch.train:main"],
+        "lmms_eval.models": ["genrecal_export = genrecal_ds.evaluate.lmms_model:MANIFEST"],
+    },
     zip_safe=False,
 )

@@ -50,7 +50,6 @@ STUDENTS = {
 TEACHER = "teacher/learn/student"
 # Shown in the report where the grids were run; see launch/grids.
 GRIDS = (Path("runs/ablation"), Path("runs/ablation_twin"))
-WITHOUT_REGULARIZER = GRIDS[0] / "no-regularizer/seed-1"
 
 
 @dataclass
@@ -157,14 +156,12 @@ class Demo:
         ])  # fmt: skip
 
     def draw(self) -> None:
-        """The paper's figures; beside a run without the regularizer, where there is one."""
+        """The paper's figures, how sure answers are, and who errs where."""
         scores, folder = self.folder / "scores", str(self.folder)
         command = ["-m", "genrecal_ds.analysis", f"{folder}/genrecal", f"{folder}/data/heldout"]
         for name, model in {"teacher": TEACHER, **STUDENTS}.items():
             answers = scores / f"{name}.heldout.predictions.jsonl"
             command += ["--predictions", f"{name}={self.folder / model}={answers}"]
-        if (WITHOUT_REGULARIZER / "distill/DONE").is_file():
-            command += ["--against", str(WITHOUT_REGULARIZER)]
         self._python([*command, "--out", str(self.folder / "figures")])
 
     def _python(self, arguments: list[str]) -> None:
