@@ -120,11 +120,17 @@ class Recalibrator(nn.Module):
         slot_P = packing.sequence_P * longest + packing.position_ids_P
         flat = packed_PD.new_zeros(num_sequences * longest, packed_PD.shape[-1])
         padded_CLD = flat.index_copy(0, slot_P, packed_PD).unflatten(0, (-1, longest))
-        position_ids = position_ids_P.new_zeros(num_sequences * longest)
-        position_ids_CL = position_ids.index_copy(0, slot_P, position_ids_P).view(-1, longest)
+        position_ids_CL = torch.arange(longest, device=packed_PD.device).expand(num_sequences, -1)
+        mask_CL = None
+        if self.positions == "own":
+            flat_ids = position_ids_P.new_zeros(num_sequences * longest)
+            position_ids_CL = flat_ids.index_copy(0, slot_P, position_ids_P).view(-1, longest)
+            # Without a mask transformers takes every jump of the ids for the start of a sequence.
+            mask_CL = torch.ones_like(position_ids_CL)
         hidden_CLD = self.blocks(
             inputs_embeds=padded_CLD,
             position_ids=position_ids_CL,
+            attention_mask=mask_CL,
             use_cache=False,
         ).last_hidden_state
         return hidden_CLD.flatten(0, 1).index_select(0, slot_P[packing.loss_rows])

@@ -41,6 +41,7 @@ def test_mixed_packing_of_two_turns():
     # s0 s1 | a a a | s4 s5 s6 | a a      with answer rows 0..4 written as -1..-5
     assert packing.source_P.tolist() == [0, 1, -1, -2, -3, 4, 5, 6, -4, -5]
     assert packing.position_ids_P.tolist() == list(range(10))
+    assert packing.own_position_ids_P.tolist() == [0, 1, 3, 4, 5, 4, 5, 6, 8, 9]
     # turn 1 predicts from s1 and its first two answer rows, turn 2 from s6 and one answer row
     assert packing.loss_rows.tolist() == [1, 2, 3, 7, 8]
     assert (packing.num_sequences, packing.max_seqlen) == (1, 10)
@@ -54,6 +55,7 @@ def test_regular_pass_shares_answer_rows_and_loss_rows():
     assert mixed.tolist() == [0, 1, -1, -2, -3, 4, 5, 6, -4, -5]
     assert regular.tolist() == [-6, -7, -8, -1, -2, -3, -9, -10, -4, -5]
     assert teacher.packing.loss_rows[5:].tolist() == [12, 13, 14, 17, 18]
+    assert teacher.packing.own_position_ids_P[10:].tolist() == list(range(10))
     assert teacher.packing.sequence_P.tolist() == [0] * 10 + [1] * 10
 
 

@@ -57,10 +57,10 @@ def blocks(request):
     return request.param
 
 
-def tiny(name="qwen2-vl-7b", blocks="auto"):
+def tiny(name="qwen2-vl-7b", blocks="auto", positions="new"):
     torch.manual_seed(0)
     config = text_config(name, **(TINY_QWEN if name.startswith("qwen") else TINY))
-    recalibrator = Recalibrator(config, teacher_width=24, blocks=blocks)
+    recalibrator = Recalibrator(config, teacher_width=24, blocks=blocks, positions=positions)
     norm = torch.rand(24) + 0.5
     recalibrator.initialize(0.3, norm)
     assert torch.equal(recalibrator.norm.weight, norm)
@@ -161,3 +161,19 @@ def test_saved_recalibrator_loads_bit_equal_and_another_shape_is_refused(tmp_pat
     other = Recalibrator(text_config("qwen2-vl-7b", **TINY_QWEN), teacher_width=16)
     with pytest.raises(Exception, match="another pair or depth"):
         load_recalibrator(other, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-7b", "internvl2.5-8b"])
+def test_own_positions_are_those_of_the_blocks(name):
+    """The paper's ablation without NPE: both kinds of blocks turn rows by the places given."""
+    lengths, own = [5, 3], torch.tensor([0, 1, 7, 8, 9, 4, 5, 6])
+    hidden, no_teacher = torch.randn(1, 8, 32), torch.zeros(0, 24)
+    found = {
+        blocks: tiny(name, blocks, "own")(hidden, no_teacher, pack(lengths, own))
+        for blocks in ("packed", "transformers")
+    }
+    torch.testing.assert_close(found["packed"], found["transformers"], rtol=1e-4, atol=1e-5)
+    new = tiny(name, "packed")(hidden, no_teacher, pack(lengths, own))
+    assert (found["packed"] - new)[2:5].abs().max() > 1e-3
+    # RoPE knows distances alone, and those of the second sequence are as they were.
+    torch.testing.assert_close(found["packed"][5:], new[5:], rtol=1e-4, atol=1e-5)

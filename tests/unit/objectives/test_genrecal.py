@@ -193,3 +193,33 @@ def test_readmes_python_example_runs(setting, shards, capsys):
     ours = (setting.teacher_folder, setting.student_folder, shards / "train")
     exec(example.replace(folders, ", ".join(repr(str(folder)) for folder in ours)), {})
     assert "student_ce_boundary" in capsys.readouterr().out
+
+
+def test_without_the_boundary_row_the_teachers_terms_hold_the_others_alone(setting):
+    batch = setting.batch()
+    totals = {}
+    for boundary in (True, False):
+        losses = LossConfig(boundary=boundary, student_ce=0.0)
+        loss, report = run(setting, setting.objective(losses), batch)
+        totals[boundary] = {name: float(total) for name, (total, _) in report.means.items()}
+        assert loss.item() == pytest.approx(totals[boundary]["ar"] + totals[boundary]["kl"])
+    assert totals[False]["ar_boundary"] == 0 < totals[True]["ar_boundary"]
+    assert totals[False]["kl_other"] == pytest.approx(totals[True]["kl_other"], rel=1e-5)
+
+
+@pytest.mark.parametrize("trains_student", [False, True])
+def test_question_probes_leave_loss_and_gradient_alone(setting, trains_student):
+    batch = setting.batch(with_regular=not trains_student)
+    found = {}
+    for probe in (False, True):
+        objective = setting.objective(trains_student=trains_student)
+        loss, report = run(setting, objective, batch, probe)
+        loss.backward()
+        gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+        found[probe] = (loss, gradients, report)
+    assert torch.equal(found[True][0], found[False][0])
+    assert all(map(torch.equal, found[True][1], found[False][1]))
+    names = found[True][2].means.keys() - found[False][2].means.keys()
+    for state in ("shuffled", "zeroed"):
+        for rows in ("boundary", "other"):
+            assert {f"probe/ar_{state}_{rows}", f"probe/kl_{state}_{rows}"} <= names
