@@ -14,3 +14,11 @@ def positive(kind: type) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def share(text: str) -> tuple[int, int]:
+    """I/N: the I-th of N tasks, from 0."""
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I below N")
+    return int(first), int(count)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from genrecal_ds.ablate.grid import Grid, Run, claim, load_grid, runs_of
 from genrecal_ds.ablate.table import as_json, markdown, tables_of
-from genrecal_ds.arguments import positive
+from genrecal_ds.arguments import positive, share
 from genrecal_ds.errors import UserError
 
 
@@ -98,14 +98,6 @@ def perform_all(
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, runs))
     return failures
-
-
-def share(text: str) -> tuple[int, int]:
-    """I/N: the I-th of N tasks, from 0."""
-    first, _, count = text.partition("/")
-    if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I below N")
-    return int(first), int(count)
 
 
 def main(argv: list[str] | None = None) -> int:

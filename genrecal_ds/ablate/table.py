@@ -29,9 +29,8 @@ def tables_of(grid: Grid, runs: Sequence[Run]) -> dict[str, list[Row]]:
     seconds: dict[str, list[float]] = {arm: [] for arm in grid.arms}
     for run in runs:
         if run.score.is_file():
-            scores[run.arm][run.seed] = json.loads(run.score.read_text())["scores"]["overall"][
-                "score"
-            ]
+            found = json.loads(run.score.read_text())["scores"]
+            scores[run.arm][run.seed] = found["overall"]["score"]
             seconds[run.arm].append(json.loads((run.folder / "seconds.json").read_text()))
     tables = grid.tables or {"All arms": tuple(grid.arms)}
     return {

@@ -6,9 +6,10 @@ import pytest
 import yaml
 from scipy.stats import ttest_rel
 
-from genrecal_ds.ablate.__main__ import main, share
+from genrecal_ds.ablate.__main__ import main
 from genrecal_ds.ablate.grid import Grid, claim, load_grid, runs_of, stage_seeds
 from genrecal_ds.ablate.table import markdown, paired, tables_of
+from genrecal_ds.arguments import share
 from genrecal_ds.errors import UserError
 from tests.fixtures import recipe_tree, write_recipe
 
