@@ -1,7 +1,7 @@
 """A teacher's own answers in place of short ones: new shards from shards and their evaluation.
 
     python -m genrecal_ds.evaluate TEACHER SHARDS --out answers.json --max-new-tokens 512 \\
-        --instruction "Explain your reasoning, then answer." --final-after "Answer:"
+        --instruction "Explain, then write Answer: and the answer." --final-after "Answer:"
     python -m data_tools.collect_responses SHARDS answers.predictions.jsonl --out shards/responses
 
 A response is kept where its final answer matches the gold one by the kind's own metric, with the
@@ -11,7 +11,6 @@ out and counted. Other engines' answers do as well: a line per sample with `key`
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import os
@@ -57,7 +56,7 @@ class Responses(RowSource):
             raise SampleError("wrong_answer", f"{sample.key} scored {score:g}")
         if not text.strip():
             raise SampleError("empty_response", sample.key)
-        messages = copy.deepcopy(json.loads(members["json"])["messages"])
+        messages = json.loads(members["json"])["messages"]
         messages[-1] = assistant(text.strip())
         pictures = [(name, data) for name, data in members.items() if name != "json"]
         images = [(name.rpartition(".")[2], data) for name, data in pictures]

@@ -57,8 +57,8 @@ def _command(run: Run, command: list[str], num_threads: int) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
-        "OMP_NUM_THREADS": str(num_threads), "MASTER_PORT": str(port),
-        "PYTHONWARNINGS": "ignore", **os.environ,
+        "OMP_NUM_THREADS": str(num_threads), "PYTHONWARNINGS": "ignore",
+        **os.environ, "MASTER_PORT": str(port),
     }  # fmt: skip
     log = run.folder / "output.log"
     with log.open("a") as file:

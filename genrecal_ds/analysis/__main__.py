@@ -41,7 +41,12 @@ def analyse(
     """Draw all figures into out; returns their numbers."""
     recipe = _recipe_of(run)
     assert recipe.teacher is not None  # a run with stage align has one
-    teacher, end = recipe.teacher.path, _last(run)
+    teacher = recipe.teacher.path
+    if against is not None:
+        other_source = _recipe_of(against).teacher
+        if other_source is None or other_source.path != teacher:
+            raise UserError(f"--against {against}: its teacher is not {teacher}, as in {run}")
+    end = _last(run)
     reader = ShardReader(ShardIndex.load(shards))
     subject = Subject.load(teacher, end)
     pairs = single_turns(subject, reader, num_samples)
@@ -54,7 +59,6 @@ def analyse(
     }
     compared = {run.name if against is None else "with the regularizer": cosines(subject, pairs)}
     if against is not None:
-        _recipe_of(against)
         other = Subject.load(teacher, _last(against))
         compared["without"] = cosines(other, single_turns(other, reader, num_samples))
     own = own_losses(start, pairs)

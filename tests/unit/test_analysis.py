@@ -12,6 +12,7 @@ from genrecal_ds.analysis.page import write_page
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.models.chat import ChatEncoder
+from tests.fixtures import write_recipe
 
 pytestmark = pytest.mark.unit
 
@@ -76,6 +77,19 @@ def test_refusals(tmp_path, shards, capsys):
     arguments = [str(tmp_path / "run"), str(shards / "validation"), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     assert "run: no recipe.yaml; name the folder of a run" in capsys.readouterr().err
+    stages = [{"kind": "align", "steps": 1}]
+    for name, teacher in (("run", "one"), ("other", "two")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        tree = {
+            "run_dir": name, "teacher": {"path": teacher}, "student": {"path": "s"},
+            "data": {"train": "d"}, "batch": {"global_batch": 1, "micro_batch": 1},
+            "stages": stages,
+        }  # fmt: skip
+        write_recipe(tmp_path / name / "recipe.yaml", **tree)
+    assert main([*arguments, "--against", str(tmp_path / "other")]) == 2
+    assert "its teacher is not one, as in" in capsys.readouterr().err
+    assert main(arguments) == 2
+    assert "neither align nor distill has ended" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--predictions", "x=y"])
     assert "'x=y' is not NAME=MODEL=FILE" in capsys.readouterr().err
