@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     add("--num-samples", type=positive, metavar="N", help="of digits; default 1000")
     add("--seed", type=not_negative, metavar="S", help="of digits; default 0")
     add("--kinds", metavar="A,B", help="of digits: only these kinds")
+    add("--wrong-share", type=float, metavar="R", help="of digits: share of wrong taught answers")
     add("--shard-size", default=512, type=positive, metavar="ROWS")
     add("--workers", type=positive, metavar="N", help="processes; default one per core")
     add("--max-reject-rate", default=0.01, type=float, metavar="R", help="default 0.01")
@@ -81,7 +82,8 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-OPTIONS = ("images", "split", "num_samples", "seed", "kinds")  # of formats, not of the build
+# Of formats, not of the build.
+OPTIONS = ("images", "split", "num_samples", "seed", "kinds", "wrong_share")
 
 
 def positive(text: str) -> int:

@@ -19,7 +19,9 @@ from genrecal_ds.errors import UserError
 
 Component = Literal["vision", "projector", "embeddings", "layers", "norm", "head"]
 # The stages of the method; then baselines with a teacher, each a file of objectives/.
-StageKind = Literal["pretrain", "align", "distill", "sft", "uld", "logit_kd", "mot", "dskd"]
+StageKind = Literal[
+    "pretrain", "align", "distill", "sft", "uld", "logit_kd", "mot", "dskd", "byte_kd"
+]
 Regularizer = Literal["none", "ce", "kl", "ce+kl", "mse"]
 # Of the teacher's body. zero3: a share per rank, gathered layer by layer; zero3_host: the shares
 # within each host, so that gathering stays inside it (what hpZ is for, without its first copy);
@@ -142,12 +144,25 @@ class LossConfig(Section):
     kl: float = Field(1.0, ge=0)  # L_kl, forward KL through the teacher's head
     regularizer: Regularizer = "ce+kl"  # form of the regular pass of stage 1 (Algorithm 2)
     boundary: bool = True  # false: the teacher's terms leave out each turn's first loss row
+    boundary_weight: float = Field(1.0, ge=1)  # of each turn's first loss row in the first pass
     student_ce: float = Field(1.0, ge=0)
     first_token_ce: float = Field(0.0, ge=0)  # extra CE weight on each turn's first answer token
     # of logit_kd; mix is read by skew_kl and jsd (ops/head_loss/contract.py)
     divergence: Literal["forward_kl", "reverse_kl", "skew_kl", "jsd"] = "forward_kl"
     divergence_mix: float = Field(0.1, gt=0, lt=1)
     temperature: float = Field(1.0, gt=0)
+
+
+class AnswersConfig(Section):
+    """What the Recalibrator reads in the place of the answer; all but the default is not the
+    paper's (docs/method.md, "Beyond the paper")."""
+
+    # teacher: its rows z_al, the paper; student: its own answer rows, at the teacher's token ends;
+    # both: a pass with each
+    rows: Literal["teacher", "student", "both"] = "teacher"
+    embeddings: float = Field(0.0, ge=0, le=1)  # share of conversations: token embeddings for z_al
+    masked: float = Field(0.0, ge=0, lt=1)  # share of z_al that is zeroed, in spans
+    noise: float = Field(0.0, ge=0)  # Gaussian on z_al, its standard deviation in units of a row's
 
 
 class OptimizerConfig(Section):
@@ -170,6 +185,7 @@ class StageConfig(Section):
     recalibrator: str | None = None  # default: the latest stage before that trained one
     train: tuple[Component, ...] | None = None  # default: training/stages.py
     losses: LossConfig = LossConfig()
+    answers: AnswersConfig = AnswersConfig()
     lr: float | None = Field(None, gt=0)
     final_lr: float | None = Field(None, ge=0)
     global_batch: int | None = Field(None, gt=0)
@@ -197,6 +213,8 @@ class StageConfig(Section):
             raise ValueError("losses.ar and losses.kl are both 0: nothing teaches the Recalibrator")
         if self.kind in ("pretrain", "sft") and losses.student_ce == 0:
             raise ValueError("losses.student_ce is 0: this stage has no other term")
+        if self.answers != AnswersConfig() and not self.has_recalibrator:
+            raise ValueError(f"answers: read by align and distill; {self.kind} has no Recalibrator")
         return self
 
     @property
@@ -206,7 +224,12 @@ class StageConfig(Section):
     @property
     def needs_logits(self) -> bool:
         """Of the teacher, as numbers; a baseline that compares distributions."""
-        return self.kind in ("uld", "logit_kd", "mot")
+        return self.kind in ("uld", "logit_kd", "mot", "byte_kd")
+
+    @property
+    def needs_alignment(self) -> bool:
+        """Of both tokenizations, by bytes."""
+        return self.kind == "byte_kd" or self.answers.rows != "teacher"
 
     @property
     def needs_teacher(self) -> bool:

@@ -1,12 +1,13 @@
-"""Train and score every arm of a grid with every seed, and make the tables.
+"""Train and score every arm of a grid under every condition with every seed, and make the tables.
 
     python -m genrecal_ds.ablate RECIPE.yaml --grid GRID.yaml --out runs/ablation --jobs 2
     sbatch --array 0-15 launch/slurm/ablate.sbatch RECIPE.yaml --grid GRID.yaml --out runs/ablation
     python -m genrecal_ds.ablate RECIPE.yaml --grid GRID.yaml --out runs/ablation --table
 
-A run is a folder, OUT/ARM/seed-N. Started again, done runs are kept and cut ones go on. The tables,
-OUT/tables.md and OUT/tables.json, are of what is there, and say when that is a part. What a grid
-file holds: genrecal_ds/ablate/grid.py.
+A run is a folder, OUT/ARM/seed-N, or OUT/CONDITION/ARM/seed-N where the grid has conditions.
+Started again, done runs are kept and cut ones go on. The tables, OUT/tables.md and OUT/tables.json,
+are of what is there, and say when that is a part; behind the scores' stand the last probes of the
+arms that have them. What a grid file holds: genrecal_ds/ablate/grid.py.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from genrecal_ds.ablate import probes, table
 from genrecal_ds.ablate.grid import Grid, Run, claim, load_grid, runs_of
-from genrecal_ds.ablate.table import as_json, markdown, tables_of
 from genrecal_ds.arguments import positive, share
 from genrecal_ds.errors import UserError
 
@@ -32,7 +33,7 @@ def perform(run: Run, grid: Grid, launcher: Sequence[str], num_threads: int) -> 
 
     Raises UserError where a command failed, naming the log.
     """
-    if run.score.is_file():
+    if run.is_done:
         return "done before"
     before = _seconds(run)
     start = time.monotonic()
@@ -66,16 +67,17 @@ def _command(run: Run, command: list[str], num_threads: int) -> None:
         file.flush()
         code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
     if code:
-        raise UserError(f"{run.arm}, seed {run.seed}: exit {code}; see {log}")
+        raise UserError(f"{run.name}: exit {code}; see {log}")
 
 
 def write_tables(grid: Grid, runs: Sequence[Run], out: Path) -> str:
     """Both files; the Markdown is returned."""
-    tables = tables_of(grid, runs)
-    text = markdown(tables)
+    scores, found = table.tables_of(grid, runs), probes.probe_tables(grid, runs)
+    text = "\n".join(filter(None, (table.markdown(scores), probes.markdown(found))))
+    both = table.as_json(scores) | probes.as_json(found)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text(text + "\n")
-    (out / "tables.json").write_text(json.dumps(as_json(tables), indent=2) + "\n")
+    (out / "tables.json").write_text(json.dumps(both, indent=2) + "\n")
     return text
 
 
@@ -88,7 +90,7 @@ def perform_all(
 
     def one(run: Run) -> None:
         try:
-            print(f"{run.arm}, seed {run.seed}: {perform(run, grid, launcher, num_threads)}")
+            print(f"{run.name}: {perform(run, grid, launcher, num_threads)}")
         except UserError as error:
             failures.append(str(error))
             print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A grid: arms, each a recipe with changed keys, times seeds. A YAML file becomes a list of runs.
+"""A grid: arms, each a recipe with changed keys, times conditions, times seeds, as a list of runs.
 
     shards: runs/demo/data/heldout        # what the last stage's student is scored on
     seeds: [1, 2, 3]
@@ -9,17 +9,24 @@
       SFT: {recipe: launch/recipes/demo/sft_only.yaml}
     tables:                               # default: one of all arms
       Terms: [GenRecal, no L_ar]          # differences are to the first arm of a table
+    conditions:                           # default: none, and no folder or table of their own
+      clean: {}
+      35 % wrong labels: {overrides: [data.train=runs/demo/data/wrong]}  # after an arm's own
+    measures:                             # each a table of its own, beside all questions' score
+      with reasoning: [largest, row_sum, column_sum]  # kinds of questions; the mean over them
+    controls: [SFT]                       # differences are to each of these arms instead
 
 A seed decides the Recalibrator's first weights and every stage's order of samples. Stages are
 counted from the end, so that the last stages of two arms see the same samples in the same order:
-arms are compared seed by seed.
+arms are compared seed by seed, within a condition.
 """
 
 import json
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -27,12 +34,19 @@ from pydantic import Field, ValidationError, model_validator
 from genrecal_ds.config import Section, check_folders, load_recipe, tree_error
 from genrecal_ds.errors import UserError
 
+ALL_ARMS, PROBES = "All arms", "Probes"  # tables that the grid does not name
 ORDERS = 1000  # seeds of stages are this far apart from one seed of the grid to the next
+
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Arm(Section):
     recipe: Path | None = None  # default: the command's
     overrides: tuple[str, ...] = ()
+
+
+class Condition(Section):
+    overrides: tuple[str, ...] = ()  # of every arm
 
 
 class Grid(Section):
@@ -42,22 +56,42 @@ class Grid(Section):
     limit: int | None = Field(None, gt=0)  # only the first samples of the shards
     overrides: tuple[str, ...] = ()
     arms: dict[str, Arm] = Field(min_length=1)
-    tables: dict[str, tuple[str, ...]] = {}
+    tables: dict[str, Names] = {}
+    conditions: dict[str, Condition] = {}
+    measures: dict[str, Names] = {}
+    controls: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _names_fit(self) -> "Grid":
-        for title, arms in self.tables.items():
+        tables = {f"tables.{title}": arms for title, arms in self.tables.items()}
+        for key, arms in {**tables, "controls": self.controls}.items():
             if unknown := [arm for arm in arms if arm not in self.arms]:
-                raise ValueError(f"tables.{title}: no arm {unknown[0]!r}")
-        names = [folder_name(arm) for arm in self.arms]
-        if same := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"arms: two of them would share the folder {sorted(same)[0]}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one stands there twice")
+                raise ValueError(f"{key}: no arm {unknown[0]!r}")
+        for key, found in (("arms", self.arms), ("conditions", self.conditions)):
+            if same := _repeated([folder_name(name) for name in found]):
+                raise ValueError(f"{key}: two of them would share the folder {same[0]}")
+        lists = {f"measures.{name}": kinds for name, kinds in self.measures.items()}
+        for key, values in {"seeds": self.seeds, "controls": self.controls, **lists}.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}: one stands there twice")
+        if same := _repeated(self.headings):
+            raise ValueError(f"tables: two would be called {same[0]!r}; rename one")
         return self
+
+    @property
+    def contexts(self) -> tuple[str | None, ...]:
+        """The conditions' names; (None,) where the grid has none."""
+        return tuple(self.conditions) or (None,)
+
+    @property
+    def headings(self) -> list[str]:
+        """Of all tables, those of probes included."""
+        places = product(self.tables or (ALL_ARMS,), self.contexts, (None, *self.measures))
+        return [heading(*place) for place in (*places, *product((PROBES,), self.contexts))]
 
 
 class Run(NamedTuple):
+    condition: str | None
     arm: str
     seed: int
     recipe: Path
@@ -67,8 +101,16 @@ class Run(NamedTuple):
     facts: dict[str, Any]  # the resolved recipe; another one in the folder is refused
 
     @property
+    def name(self) -> str:
+        return heading(self.condition, self.arm, f"seed {self.seed}")
+
+    @property
     def score(self) -> Path:
         return self.folder / "score.json"
+
+    @property
+    def is_done(self) -> bool:
+        return self.score.is_file()
 
 
 def load_grid(path: Path) -> Grid:
@@ -85,17 +127,35 @@ def load_grid(path: Path) -> Grid:
 
 
 def runs_of(grid: Grid, recipe: Path, out: Path) -> list[Run]:
-    """All runs, seed by seed: what is cut short has every arm.
+    """All runs, seed by seed, then condition by condition: what is cut short has every arm.
 
     Raises UserError for any arm's recipe that cannot run, before the first one trains.
     """
     if not (grid.shards / "manifest.json").is_file():
         raise UserError(f"shards: {grid.shards} has no manifest.json; build it: data_tools.build")
+    _check_measures(grid)
     return [
-        _run(arm, grid, seed, grid.arms[arm].recipe or recipe, out)
+        _run(condition, arm, grid, seed, grid.arms[arm].recipe or recipe, out)
         for seed in grid.seeds
+        for condition in grid.contexts
         for arm in grid.arms
     ]
+
+
+def _check_measures(grid: Grid) -> None:
+    """Refuse a kind that no question scored has: its measure would be of the other kinds only."""
+    from genrecal_ds.data.index import ShardIndex
+
+    if not grid.measures:
+        return
+    index = ShardIndex.load(grid.shards)
+    asked = {index.kinds[code] for code in index.records["kind"][: grid.limit]}
+    for name, kinds in grid.measures.items():
+        if unknown := [kind for kind in kinds if kind not in asked]:
+            raise UserError(
+                f"measures.{name}: no question scored is of kind {unknown[0]!r}; there are "
+                f"{', '.join(sorted(asked))}"
+            )
 
 
 def claim(run: Run) -> None:
@@ -114,21 +174,37 @@ def claim(run: Run) -> None:
     path.write_text(json.dumps(run.facts, indent=2) + "\n")
 
 
-def folder_name(arm: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
+def folder_name(name: str) -> str:
+    """Of an arm or a condition."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _run(arm: str, grid: Grid, seed: int, recipe: Path, out: Path) -> Run:
-    folder = out / folder_name(arm) / f"seed-{seed}"
+def heading(*parts: str | None) -> str:
+    """What a table or a run is called: its parts that are there."""
+    return ", ".join(part for part in parts if part is not None)
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _run(condition: str | None, arm: str, grid: Grid, seed: int, recipe: Path, out: Path) -> Run:
+    folder, where = out, f"arm {arm}"
     chosen = [*grid.overrides, *grid.arms[arm].overrides]
-    names = [stage.name for stage in _loaded(arm, recipe, chosen).stages]
+    if condition is not None:
+        chosen += grid.conditions[condition].overrides  # last: it holds for every arm
+        folder, where = out / folder_name(condition), f"condition {condition}, {where}"
+    folder = folder / folder_name(arm) / f"seed-{seed}"
+    names = [stage.name for stage in _loaded(where, recipe, chosen).stages]
     seeds = [f"stages.{i}.seed={s}" for i, s in enumerate(stage_seeds(seed, len(names)))]
     overrides = (*chosen, f"run_dir={folder}", f"seed={seed}", *seeds)
-    resolved = _loaded(arm, recipe, overrides)
+    resolved = _loaded(where, recipe, overrides)
     check_folders(resolved)
     facts = resolved.model_dump(mode="json", exclude={"run_dir"})
     facts |= {"shards": str(grid.shards), "limit": grid.limit, "tokens": grid.max_new_tokens}
-    return Run(arm, seed, recipe, overrides, folder, folder / names[-1] / "student", facts)
+    return Run(
+        condition, arm, seed, recipe, overrides, folder, folder / names[-1] / "student", facts
+    )
 
 
 def stage_seeds(seed: int, num_stages: int) -> list[int]:
@@ -136,8 +212,8 @@ def stage_seeds(seed: int, num_stages: int) -> list[int]:
     return [seed * ORDERS + num_stages - 1 - position for position in range(num_stages)]
 
 
-def _loaded(arm: str, recipe: Path, overrides: Sequence[str]):
+def _loaded(where: str, recipe: Path, overrides: Sequence[str]):
     try:
         return load_recipe(recipe, overrides)
     except UserError as error:
-        raise UserError(f"arm {arm}: {error}") from None
+        raise UserError(f"{where}: {error}") from None

@@ -179,6 +179,8 @@ def _arms_tables(tables: dict[str, list[dict[str, Any]]]) -> str:
     """Those of genrecal_ds.ablate, a partial one said to be so."""
     parts = []
     for title, rows in tables.items():
+        if "scores" not in rows[0]:  # of probes
+            continue
         done, asked = sum(len(row["scores"]) for row in rows), sum(r["num_seeds"] for r in rows)
         partial = "" if done == asked else f" (partial: {done} of {asked} runs)"
         parts.append(f"<h3>{html.escape(title + partial)}</h3><table><tr><th>arm<th>by seed"

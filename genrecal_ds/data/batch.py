@@ -1,60 +1,33 @@
-"""Pairs become one micro-batch: padded sides, loss rows, and the Recalibrator's packing.
-
-Everything that depends on lengths is decided here, on the CPU: later rooms only gather, and no
-kernel waits for a number from the device.
+"""Pairs become one micro-batch: padded sides, loss rows, and the passes of the Recalibrator.
 
 Shapes: B conversations, T teacher length, S student length, A teacher rows entering the
-Recalibrator, N teacher loss rows (one pass), M student loss rows, P packed rows, C packed
-sequences, R = B*S + A source rows of the packed ones, U most uses of one source row.
+Recalibrator, N teacher loss rows (one pass), M student loss rows, P packed rows, I boundaries
+between bytes that both tokenisations share.
 
 The row shift (paper section 3.3, our choice (c)): a hidden state predicts the NEXT token, so the
 loss rows of turn k are the last row of q_k, then the rows of a_k but its last. Their labels are
 all tokens of a_k. The first of them is the BOUNDARY row, the only one that hears the student.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from genrecal_ds.data.alignment import Aligner
+from genrecal_ds.data.packed import Packing, TurnRows, pack
 from genrecal_ds.data.pair import EncodedChat, Pair
 
 IGNORE = -100  # label of rows that teach nothing
 
 
-class Turns(NamedTuple):
-    """For the block whose output is read at the loss rows alone: what each turn attends to.
+class Alignment(NamedTuple):
+    """What a stage wants of the two tokenisations' bytes; see data/alignment.py."""
 
-    A turn's loss rows are consecutive, and see their sequence up to the last of them. Sequences
-    of several turns repeat their keys, so that each turn is one span of its own.
-    """
-
-    keys: Tensor  # int64: packed rows, turn by turn
-    cu_queries: Tensor  # int32 [turns + 1], into loss_rows
-    cu_keys: Tensor  # int32 [turns + 1], into keys
-    max_queries: int
-    max_keys: int
-
-
-class Packing(NamedTuple):
-    """Where every packed row comes from, and which rows predict.
-
-    A packed sequence is `q1 a1 q2 a2 .. qK aK` of one conversation, `a` always the teacher's.
-    The mixed sequences (q of the student) come first; stage 1 adds the regular ones (q of the
-    teacher), with the same loss rows in the same order.
-    """
-
-    source_P: Tensor  # int32; i >= 0: student row i of [B*S]; i < 0: teacher row -i-1 of [A]
-    uses_RU: Tensor  # int32; its inverse: packed rows that each source row went to, -1 for none
-    sequence_P: Tensor  # int64; the packed sequence of each row
-    position_ids_P: Tensor  # int64; NPE: 0..n-1 within each sequence
-    own_position_ids_P: Tensor  # int64; without NPE: each token's place in its own model's sequence
-    loss_rows: Tensor  # int64 [N], or [2N] with the regular pass
-    cu_seqlens: Tensor  # int32 [C + 1]; sequence c is the packed rows cu_seqlens[c : c + 2]
-    turns: Turns
-    num_sequences: int
-    max_seqlen: int
+    aligner: Aligner
+    answers: Literal["teacher", "student", "both"] = "teacher"  # whose rows a pass reads
+    next_bytes: bool = False
 
 
 class SideBatch(NamedTuple):
@@ -74,7 +47,9 @@ class TeacherBatch(NamedTuple):
     targets_N: Tensor  # int64, flat in [B*T]: the teacher's own rows z that predict the labels
     labels_N: Tensor  # int64 in the teacher's vocabulary, IGNORE for placeholders
     boundary_N: Tensor  # bool: the first loss row of a turn
-    packing: Packing
+    packing: Packing  # of the passes: mixed (q student's, a teacher's), aligned, regular
+    # bool: loss rows of the aligned pass whose student row has read exactly what theirs has
+    exact_N: Tensor | None = None
 
 
 class StudentBatch(NamedTuple):
@@ -82,6 +57,16 @@ class StudentBatch(NamedTuple):
     rows_M: Tensor  # int64, flat in [B*S]: rows that predict the student's answer tokens
     labels_M: Tensor  # int64 in the student's vocabulary, IGNORE for placeholders
     boundary_M: Tensor  # bool
+
+
+class SharedBytes(NamedTuple):
+    """Where both models predict the same next byte: rows of either side, with the bytes that the
+    row's token has before it. int64 [I]."""
+
+    student_I: Tensor  # of the M rows
+    student_depth_I: Tensor
+    teacher_I: Tensor  # of the N rows
+    teacher_depth_I: Tensor
 
 
 class PairBatch(NamedTuple):
@@ -99,6 +84,7 @@ class PairBatch(NamedTuple):
     unusable_ids: tuple[int, ...] = ()
     unusable: tuple[str, ...] = ()  # reasons of samples that this pair cannot learn from
     unreadable: tuple[str, ...] = ()  # damaged ones, by shard and key
+    shared_bytes: SharedBytes | None = None
 
 
 def collate(
@@ -106,6 +92,7 @@ def collate(
     placeholder: Pair,
     vision_rules: tuple[dict[str, str] | None, dict[str, str]],
     with_regular: bool,
+    alignment: Alignment | None = None,
 ) -> PairBatch:
     """A micro-batch of any composition that calls the same modules on every rank.
 
@@ -120,7 +107,12 @@ def collate(
     student = _student_batch(pairs, vision_rules[1])
     teacher = None
     if placeholder.teacher is not None:
-        teacher = _teacher_batch(pairs, vision_rules[0] or {}, student, with_regular)
+        inputs = pad_side([p.teacher for p in pairs if p.teacher], vision_rules[0] or {})
+        width = student.inputs.input_ids.shape[1]
+        teacher = _teacher_batch(pairs, inputs, width, with_regular, alignment)
+    shared = None
+    if alignment and alignment.next_bytes:
+        shared = _shared_bytes(pairs, alignment.aligner)
     return PairBatch(
         student,
         teacher,
@@ -128,6 +120,7 @@ def collate(
         num_student_rows=int((student.labels_M != IGNORE).sum()),
         num_teacher_rows=int((teacher.labels_N != IGNORE).sum()) if teacher else 0,
         num_truncated=sum(pair.is_truncated for pair in pairs),
+        shared_bytes=shared,
     )
 
 
@@ -193,19 +186,106 @@ def _student_batch(pairs: list[Pair], rules: dict[str, str]) -> StudentBatch:
 
 
 def _teacher_batch(
-    pairs: list[Pair], rules: dict[str, str], student: StudentBatch, with_regular: bool
+    pairs: list[Pair],
+    inputs: SideBatch,
+    student_width: int,
+    with_regular: bool,
+    alignment: Alignment | None,
 ) -> TeacherBatch:
+    """student_width: of the student's padded sequences."""
     views = [pair.teacher for pair in pairs if pair.teacher is not None]
-    inputs = pad_side(views, rules)
     targets, labels, boundary = _loss_rows(pairs, views, inputs)
     width = inputs.input_ids.shape[1]
     answer_rows = [_rows(view.answers, b * width) for b, view in enumerate(views)]
     question_rows = [_rows(view.questions, b * width) for b, view in enumerate(views)]
-    rows = answer_rows + (question_rows if with_regular else [])
-    student_width = student.inputs.input_ids.shape[1]
-    rows_A = np.concatenate(rows)
-    packing = _pack(pairs, student_width, len(rows_A), with_regular)
-    return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing)
+    rows_A = np.concatenate(answer_rows + (question_rows if with_regular else []))
+    num_answers = sum(map(len, answer_rows))
+    sequences: list[list[TurnRows]] = []
+    exact = None
+    if alignment is None or alignment.answers != "student":
+        sequences += _mixed(pairs, student_width)
+    if alignment and alignment.answers != "teacher":
+        aligned, exact = _aligned(pairs, student_width, alignment.aligner)
+        sequences += aligned
+    if with_regular:
+        sequences += _regular(views, num_answers)
+    packing = pack(sequences, len(pairs) * student_width, len(rows_A))
+    return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing, exact)
+
+
+def _mixed(pairs: list[Pair], student_width: int) -> list[list[TurnRows]]:
+    """q of the student, a of the teacher: the paper's."""
+    views = [pair.teacher for pair in pairs if pair.teacher is not None]
+    return [
+        [
+            TurnRows(
+                np.arange(*question) + b * student_width,
+                -rows - 1,
+                np.concatenate([np.arange(*question), np.arange(*answer)]),
+            )
+            for question, answer, rows in zip(
+                pair.student.questions, view.answers, numbers, strict=True
+            )
+        ]
+        for b, (pair, view, numbers) in enumerate(
+            zip(pairs, views, _numbered([view.answers for view in views], 0), strict=True)
+        )
+    ]
+
+
+def _aligned(
+    pairs: list[Pair], student_width: int, aligner: Aligner
+) -> tuple[list[list[TurnRows]], Tensor]:
+    """q and a of the student, in the places of the teacher's answer tokens: ours.
+
+    And exact_N: a label is this pass's only where the student's row has read what stands before
+    it, no less. The first label's row is the question's last.
+    """
+    sequences, exact = [], []
+    for b, pair in enumerate(pairs):
+        turns = []
+        for question, answer, rows in zip(
+            pair.student.questions, pair.student.answers, aligner.rows(pair), strict=True
+        ):
+            places = np.concatenate([np.arange(*question), answer[0] + rows.student_n])
+            split = question[1] - question[0]
+            sources = places + b * student_width
+            turns.append(TurnRows(sources[:split], sources[split:], places))
+            exact += [np.ones(1, bool), rows.is_exact_n[:-1]]
+        sequences.append(turns)
+    return sequences, torch.from_numpy(np.concatenate(exact))
+
+
+def _regular(views: list[EncodedChat], num_answers: int) -> list[list[TurnRows]]:
+    """q and a of the teacher (Algorithm 2); question rows stand behind all answer rows."""
+    questions = _numbered([view.questions for view in views], num_answers)
+    answers = _numbered([view.answers for view in views], 0)
+    return [
+        [
+            TurnRows(-asked - 1, -answered - 1, np.arange(question[0], answer[1]))
+            for question, answer, asked, answered in zip(
+                view.questions, view.answers, own_questions, own_answers, strict=True
+            )
+        ]
+        for view, own_questions, own_answers in zip(views, questions, answers, strict=True)
+    ]
+
+
+def _shared_bytes(pairs: list[Pair], aligner: Aligner) -> SharedBytes:
+    """Of all pairs but placeholders, which teach nothing."""
+    parts: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 4]
+    first_m = first_n = 0
+    for pair in pairs:
+        assert pair.teacher is not None
+        turns = zip(
+            aligner.next_bytes(pair), pair.student.answers, pair.teacher.answers, strict=True
+        )
+        for found, (start, end), (teacher_start, teacher_end) in turns:
+            if not pair.is_placeholder:
+                at, depth, teacher_at, teacher_depth = found
+                parts.append((at + first_m, depth, teacher_at + first_n, teacher_depth))
+            first_m, first_n = first_m + end - start, first_n + teacher_end - teacher_start
+    return SharedBytes(*(_tensor(np.concatenate(column)) for column in zip(*parts, strict=True)))
 
 
 def pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
@@ -280,100 +360,14 @@ def _loss_rows(
     return _tensor(joined[0]), _tensor(joined[1]), torch.from_numpy(joined[2])
 
 
-def _pack(
-    pairs: list[Pair], student_width: int, num_teacher_rows: int, with_regular: bool
-) -> Packing:
-    """The packed sequences of a micro-batch; see Packing for their order."""
-    teachers = [pair.teacher for pair in pairs if pair.teacher is not None]
-    answer_lengths = [[end - start for start, end in view.answers] for view in teachers]
-    answers = _numbered(answer_lengths, first=0)
-    num_answers = sum(map(sum, answer_lengths))
-    mixed_questions = [
-        [np.arange(start, end) + b * student_width for start, end in pair.student.questions]
-        for b, pair in enumerate(pairs)
-    ]
-    sequences = list(zip(mixed_questions, answers, strict=True))
-    if with_regular:
-        question_lengths = [[end - start for start, end in view.questions] for view in teachers]
-        questions = _numbered(question_lengths, first=num_answers)
-        sequences += [
-            ([-turn - 1 for turn in turns], answer)
-            for turns, answer in zip(questions, answers, strict=True)
-        ]
-    source: list[np.ndarray] = []
-    sequence, positions, loss_rows, keys, offset = [], [], [], [], 0
-    for number, (turn_questions, turn_answers) in enumerate(sequences):
-        length = 0
-        for question, answer in zip(turn_questions, turn_answers, strict=True):
-            source += [question, -answer - 1]
-            boundary = offset + length + len(question) - 1
-            loss_rows.append(np.arange(boundary, boundary + len(answer)))
-            keys.append(np.arange(offset, boundary + len(answer)))
-            length += len(question) + len(answer)
-        sequence.append(np.full(length, number))
-        positions.append(np.arange(length))
-        offset += length
-    source_P = np.concatenate(source)
-    return Packing(
-        _tensor(source_P, np.int32),
-        _tensor(_uses(source_P, len(pairs) * student_width, num_teacher_rows), np.int32),
-        _tensor(np.concatenate(sequence)),
-        _tensor(np.concatenate(positions)),
-        _own_positions([pair.student for pair in pairs], teachers, with_regular),
-        _tensor(np.concatenate(loss_rows)),
-        _cumulative(sequence),
-        Turns(
-            _tensor(np.concatenate(keys)),
-            _cumulative(loss_rows),
-            _cumulative(keys),
-            max_queries=max(map(len, loss_rows)),
-            max_keys=max(map(len, keys)),
-        ),
-        num_sequences=len(sequences),
-        max_seqlen=max(map(len, sequence)),
-    )
-
-
-def _own_positions(
-    students: list[EncodedChat], teachers: list[EncodedChat], with_regular: bool
-) -> Tensor:
-    """[P]: places of the packed rows' tokens in the sequences that their models read."""
-    asking = students + (teachers if with_regular else [])
-    answering = teachers * (2 if with_regular else 1)
-    runs = [
-        np.arange(*span)
-        for asks, answers in zip(asking, answering, strict=True)
-        for turn in zip(asks.questions, answers.answers, strict=True)
-        for span in turn
-    ]
-    return _tensor(np.concatenate(runs))
-
-
-def _cumulative(runs: list[np.ndarray]) -> Tensor:
-    """int32 [runs + 1]: where each run begins, and the end of the last."""
-    return _tensor(np.cumsum([0, *map(len, runs)]), np.int32)
-
-
-def _uses(source_P: np.ndarray, num_student_rows: int, num_teacher_rows: int) -> np.ndarray:
-    """[R, U]: where each source row went, in order; student rows first, -1 where fewer than U."""
-    row_P = np.where(source_P >= 0, source_P, num_student_rows - 1 - source_P)
-    order_P = np.argsort(row_P, kind="stable")
-    sorted_P = row_P[order_P]
-    starts_P = np.searchsorted(sorted_P, sorted_P)
-    use_P = np.arange(len(row_P)) - starts_P
-    uses_RU = np.full((num_student_rows + num_teacher_rows, use_P.max() + 1), -1)
-    uses_RU[sorted_P, use_P] = order_P
-    return uses_RU
-
-
-def _numbered(lengths: list[list[int]], first: int) -> list[list[np.ndarray]]:
+def _numbered(spans: list[tuple[tuple[int, int], ...]], first: int) -> list[list[np.ndarray]]:
     """Consecutive numbers from `first`, one run per turn of each conversation."""
     numbered, number = [], first
-    for turns in lengths:
+    for turns in spans:
         runs = []
-        for length in turns:
-            runs.append(np.arange(number, number + length))
-            number += length
+        for start, end in turns:
+            runs.append(np.arange(number, number + end - start))
+            number += end - start
         numbered.append(runs)
     return numbered
 
@@ -382,5 +376,5 @@ def _rows(spans: tuple[tuple[int, int], ...], offset: int) -> np.ndarray:
     return np.concatenate([np.arange(start, end) + offset for start, end in spans])
 
 
-def _tensor(array: np.ndarray, dtype: type = np.int64) -> Tensor:
-    return torch.from_numpy(array.astype(dtype))
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))

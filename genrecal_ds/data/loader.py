@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from genrecal_ds.data.batch import PairBatch, collate
+from genrecal_ds.data.batch import Alignment, PairBatch, collate
 from genrecal_ds.data.features import CachedView, Features, FeatureStore
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.pair import (
@@ -116,9 +116,15 @@ class CachedPairEncoders(PairEncoders):
 class PairDataset(Dataset):
     """Item = the slots of one micro-batch -> PairBatch. Pickles for workers."""
 
-    def __init__(self, index: ShardIndex, encoders: PairEncoders, with_regular: bool):
+    def __init__(
+        self,
+        index: ShardIndex,
+        encoders: PairEncoders,
+        with_regular: bool,
+        alignment: Alignment | None = None,
+    ):
         self.reader = ShardReader(index)
-        self.encoders, self.with_regular = encoders, with_regular
+        self.encoders, self.with_regular, self.alignment = encoders, with_regular, alignment
         self.placeholder = encoders.placeholder()
 
     def __getitem__(self, slots: tuple[int, ...]) -> PairBatch:
@@ -145,7 +151,9 @@ class PairDataset(Dataset):
                 unusable.append(str(error))
                 unusable_ids.append(slot)
         turns_of = tuple(len(pair.student.answers) for pair in pairs)
-        batch = collate(pairs, self.placeholder, self.encoders.vision_rules, self.with_regular)
+        batch = collate(
+            pairs, self.placeholder, self.encoders.vision_rules, self.with_regular, self.alignment
+        )
         return batch._replace(
             sample_ids=real, used_ids=tuple(used), turns_of=turns_of, unusable=tuple(unusable),
             unusable_ids=tuple(unusable_ids), unreadable=tuple(unreadable),

@@ -18,6 +18,7 @@ from genrecal_ds.data.pair import Unusable
 
 Span = tuple[int, int]  # half-open, in characters
 Piece = str | bytes
+Spelling = Callable[[Piece], bytes | None]
 
 SPACE = "\u2581"  # sentencepiece's
 _GPT2_BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
@@ -88,7 +89,7 @@ class SlowOffsets:
 
     def _by_spelling(self, part: str, pieces: list[Piece]) -> list[Span]:
         found = []
-        for spelling, may_add_blank in _SPELLINGS:
+        for spelling, may_add_blank in SPELLINGS:
             words = [
                 piece.encode() if piece in self.whole and isinstance(piece, str)
                 else spelling(piece)
@@ -163,9 +164,10 @@ def _as_sentencepiece(piece: Piece) -> bytes | None:
     return piece.replace(SPACE, " ").encode()
 
 
-_SPELLINGS: tuple[tuple[Callable[[Piece], bytes | None], bool], ...] = (
+# Ways of writing bytes as pieces, and whether a blank may be added in front of a part.
+SPELLINGS: tuple[tuple[Spelling, bool], ...] = (
     (_as_is, False),
     (_as_bytes, False),
     (_as_gpt2, False),
-    (_as_sentencepiece, True),  # with a blank added in front of a part
+    (_as_sentencepiece, True),
 )

@@ -14,7 +14,7 @@ in 10 that is 44 % of a two-block Recalibrator (docs/performance.md). Exact, not
 import torch
 from torch import Tensor, nn
 
-from genrecal_ds.data.batch import Packing
+from genrecal_ds.data.packed import Packing
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend, Spans, attend
 

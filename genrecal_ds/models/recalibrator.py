@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
-from genrecal_ds.data.batch import Packing
+from genrecal_ds.data.packed import Packing
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend
 from genrecal_ds.models.packed_blocks import MODEL_TYPES, check_family, packed_forward

@@ -18,6 +18,7 @@ from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.answer_inputs import AnswerInputs
 from genrecal_ds.objectives.supervised import student_ce
 
 
@@ -33,12 +34,17 @@ class GenRecal(nn.Module):
         losses: LossConfig,
         trains_student: bool,
         clock: Clock | None = None,
+        answers: AnswerInputs | None = None,
     ):
+        """answers: which answer rows the passes read; default the paper's."""
         super().__init__()
         self.student, self.recalibrator = student, recalibrator
         self.teacher_head, self.losses, self.trains_student = teacher_head, losses, trains_student
         self.with_regular = not trains_student and losses.regularizer != "none"
-        self.clock = clock or Clock()
+        self.clock, self.answers = clock or Clock(), answers or AnswerInputs()
+        own = {"teacher": ("mixed",), "student": ("aligned",), "both": ("mixed", "aligned")}
+        # In the order of data/batch.py; "mixed" and "regular" are the paper's.
+        self.passes = (*own[self.answers.config.rows], *(("regular",) if self.with_regular else ()))
 
     def forward(
         self, batch: PairBatch, teacher_rows: TeacherRows, totals: Totals, probe: bool = False
@@ -46,6 +52,8 @@ class GenRecal(nn.Module):
         """(loss, Report). probe adds the student's gradient norm per term to the report."""
         assert batch.teacher is not None
         report = Report()
+        inputs_AH = self.answers(teacher_rows.inputs_AH, batch.teacher, self.training)
+        teacher_rows = teacher_rows._replace(inputs_AH=inputs_AH)
         with self.clock.phase("student"):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_student):
                 hidden_BSD = self.student.body(*batch.student.inputs)
@@ -79,28 +87,61 @@ class GenRecal(nn.Module):
         totals: Totals,
         report: Report,
     ) -> Tensor:
-        """L_ar + L_kl of every pass through the frozen head, from one head_loss call."""
-        losses, labels_N = self.losses, teacher.labels_N
-        if not losses.boundary:
-            labels_N = labels_N.masked_fill(teacher.boundary_N, IGNORE)
-        valid_N = labels_N != IGNORE
-        ce_weights, kl_weights = [losses.ar], [losses.kl]
-        if self.with_regular:
-            ce_weights.append(float("ce" in losses.regularizer))
-            kl_weights.append(float("kl" in losses.regularizer))
-        out = self.teacher_head.loss(
-            rows_KNH, teacher_rows.targets_NH, labels_N, ce_weights, kl_weights
-        )
-        for k, prefix in enumerate(("", "regular_")[: len(rows_KNH)]):
-            report.add_rows(f"{prefix}ar", out.ce_KN[k], teacher.boundary_N, valid_N)
-            report.add_rows(f"{prefix}kl", out.kl_KN[k], teacher.boundary_N, valid_N)
-            report.add_rows(f"{prefix}agree", out.top1_KN[k], teacher.boundary_N, valid_N)
-        loss_sum = out.loss_sum
+        """L_ar + L_kl of every pass through the frozen head, one head_loss call where labels are
+        the same."""
+        losses, loss_sum = self.losses, rows_KNH.new_zeros(())
+        paper = [name for name in self.passes if name != "aligned"]
+        for names in (paper, ["aligned"] * ("aligned" in self.passes)):
+            if not names:
+                continue
+            numbers = [self.passes.index(name) for name in names]
+            rows = rows_KNH if len(numbers) == len(rows_KNH) else rows_KNH[numbers]
+            labels_N = self._labels(teacher, names[0])
+            ce_weights = [self._weight(name, "ce", losses.ar) for name in names]
+            kl_weights = [self._weight(name, "kl", losses.kl) for name in names]
+            out = self.teacher_head.loss(
+                rows, teacher_rows.targets_NH, labels_N, ce_weights, kl_weights
+            )
+            valid_N = labels_N != IGNORE
+            for k, name in enumerate(names):
+                prefix = "" if name == self.passes[0] else f"{name}_"
+                report.add_rows(f"{prefix}ar", out.ce_KN[k], teacher.boundary_N, valid_N)
+                report.add_rows(f"{prefix}kl", out.kl_KN[k], teacher.boundary_N, valid_N)
+                report.add_rows(f"{prefix}agree", out.top1_KN[k], teacher.boundary_N, valid_N)
+            loss_sum = out.loss_sum if names is paper else loss_sum + out.loss_sum
         if self.with_regular and losses.regularizer == "mse":
-            error_N = (rows_KNH[1] - teacher_rows.targets_NH).float().square().mean(-1) * valid_N
+            valid_N = self._labels(teacher, "regular") != IGNORE
+            difference_NH = rows_KNH[-1] - teacher_rows.targets_NH
+            error_N = difference_NH.float().square().mean(-1) * valid_N
             report.add_rows("regular_mse", error_N, teacher.boundary_N, valid_N)
             loss_sum = loss_sum + error_N.sum()
+        if losses.boundary_weight != 1:
+            loss_sum = loss_sum + self._more_of_boundaries(rows_KNH[:1], teacher, teacher_rows)
         return loss_sum / totals.teacher_rows
+
+    def _labels(self, teacher: TeacherBatch, name: str) -> Tensor:
+        """[N] of one pass, IGNORE where its row cannot know what the label follows."""
+        labels_N = teacher.labels_N
+        if not self.losses.boundary:
+            labels_N = labels_N.masked_fill(teacher.boundary_N, IGNORE)
+        if name == "aligned":
+            assert teacher.exact_N is not None
+            labels_N = labels_N.masked_fill(~teacher.exact_N, IGNORE)
+        return labels_N
+
+    def _weight(self, name: str, term: str, weight: float) -> float:
+        return float(term in self.losses.regularizer) if name == "regular" else weight
+
+    def _more_of_boundaries(
+        self, rows_1NH: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows
+    ) -> Tensor:
+        """What boundary rows weigh beyond 1; they are few, so they are read twice."""
+        more, rows = self.losses.boundary_weight - 1, teacher.boundary_N.nonzero().flatten()
+        return self.teacher_head.loss(
+            rows_1NH[:, rows], teacher_rows.targets_NH[rows],
+            self._labels(teacher, self.passes[0])[rows],
+            [more * self.losses.ar], [more * self.losses.kl],
+        ).loss_sum  # fmt: skip
 
     def _student_term(
         self, hidden_BSD: Tensor, batch: PairBatch, totals: Totals, report: Report
@@ -114,13 +155,13 @@ class GenRecal(nn.Module):
     def _probe_questions(
         self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows, report: Report
     ) -> None:
-        """L_ar and L_kl of the mixed pass with another sample's question states, and with none."""
-        labels_N, packing = teacher.labels_N, teacher.packing
+        """L_ar and L_kl of the first pass with another sample's question states, and with none."""
+        labels_N, packing = self._labels(teacher, self.passes[0]), teacher.packing
         exchanged = packing._replace(source_P=exchanged_questions(teacher, hidden_BSD.shape[1]))
         is_alone = len(hidden_BSD) == 1  # no other sample to exchange with
         for name, hidden, of in (
             ("shuffled", hidden_BSD, exchanged),
-            ("zeroed", torch.zeros_like(hidden_BSD), packing),
+            ("zeroed", without_questions(hidden_BSD, teacher), packing),
         ):
             rows_NH = self.recalibrator(hidden, teacher_rows.inputs_AH, of)[: len(labels_N)]
             out = self.teacher_head.loss(
@@ -152,7 +193,7 @@ class GenRecal(nn.Module):
                     ("boundary", teacher.boundary_N),
                     ("other", ~teacher.boundary_N),
                 ):
-                    labels_N = teacher.labels_N.where(keep_N, IGNORE)
+                    labels_N = self._labels(teacher, self.passes[0]).where(keep_N, IGNORE)
                     term = self.teacher_head.loss(
                         rows_KNH, teacher_rows.targets_NH, labels_N, *weights
                     ).loss_sum
@@ -165,14 +206,32 @@ class GenRecal(nn.Module):
             report.norms["gradient/student_ce"] = square
 
 
+def answer_rows(teacher: TeacherBatch) -> Tensor:
+    """bool [P]: packed rows of the first pass's answers; rows of other passes are none."""
+    packing = teacher.packing
+    num_rows = len(teacher.boundary_N)  # of the first pass
+    is_answer_P = torch.zeros_like(packing.source_P, dtype=torch.bool)
+    is_answer_P[packing.loss_rows[:num_rows] + 1] = True  # each stands behind its loss row
+    return is_answer_P
+
+
+def without_questions(hidden_BSD: Tensor, teacher: TeacherBatch) -> Tensor:
+    """Zeros but for the student's rows that the first pass reads in the place of answers."""
+    source_P = teacher.packing.source_P.long()
+    kept = source_P[answer_rows(teacher) & (source_P >= 0)]
+    rows = hidden_BSD.flatten(0, 1)
+    zeroed = torch.zeros_like(rows).index_copy(0, kept, rows[kept])
+    return zeroed.view_as(hidden_BSD)
+
+
 def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
-    """packing.source_P with each sequence's question states taken from the next sequence's turn.
+    """packing.source_P with the first pass's question states taken from the next sequence's turn.
 
     Counted back from a question's last row, so that boundary rows meet boundary rows; what the
     other's sequence does not have is its first row.
     """
     packing = teacher.packing
-    num_rows = len(teacher.boundary_N)  # of the mixed pass, which comes first
+    num_rows = len(teacher.boundary_N)  # of the first pass
     ends = packing.loss_rows[:num_rows][teacher.boundary_N]  # last question row of each turn
     source_P = packing.source_P.long()
     sequence_of_turn = packing.sequence_P[ends]
@@ -186,4 +245,7 @@ def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
     other_P = other_end[turn_P]
     first_P = torch.div(other_P, student_length, rounding_mode="floor") * student_length
     moved_P = torch.maximum(other_P - back_P, first_P)
-    return torch.where(source_P >= 0, moved_P, source_P).to(packing.source_P.dtype)
+    is_answer_P = answer_rows(teacher)
+    is_first_P = rows <= is_answer_P.nonzero()[-1]
+    is_question_P = (source_P >= 0) & ~is_answer_P & is_first_P
+    return torch.where(is_question_P, moved_P, source_P).to(packing.source_P.dtype)

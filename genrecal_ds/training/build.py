@@ -17,6 +17,8 @@ from torch import nn
 
 from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig, load_ds_config
+from genrecal_ds.data.alignment import Aligner
+from genrecal_ds.data.batch import Alignment
 from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
@@ -25,13 +27,16 @@ from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, place_frozen_head
+from genrecal_ds.models.head import ReplicatedHead, load_embedding, place_frozen_head
 from genrecal_ds.models.lora import merged
 from genrecal_ds.models.recalibrator import (
     load_recalibrator,
     save_recalibrator,
 )
+from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import VLM
+from genrecal_ds.objectives.answer_inputs import AnswerInputs
+from genrecal_ds.objectives.byte_kd import ByteKD
 from genrecal_ds.objectives.dskd import ProjectedKD
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.logit_kd import divergence
@@ -39,6 +44,7 @@ from genrecal_ds.objectives.mot import MultiLevelOT
 from genrecal_ds.objectives.supervised import Supervised
 from genrecal_ds.objectives.token_kd import TokenKD
 from genrecal_ds.objectives.uld import sorted_distance
+from genrecal_ds.ops.next_byte import ByteVocabulary
 from genrecal_ds.training.answers import InLoopScores
 from genrecal_ds.training.engine import (
     StudentEngine,
@@ -103,12 +109,12 @@ def build_stage(
         writer = cache.writer_with_room(index, _samples_of(stage, plan, index), width)
 
     scores = _in_loop_scores(recipe, stage, inputs)
+    alignment = _alignment(stage, encoders)
     refuse_other_architecture(student_folder, recipe.student.path)
     torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
     student = load_student(student_folder, recipe)
     freeze(student, stage)
-    vocabulary = len(encoders.student.tokenizer)
-    objective = _objective(recipe, stage, student, recalibrator_folder, vocabulary, clock)
+    objective = _objective(recipe, stage, student, recalibrator_folder, encoders, clock, alignment)
     teacher: Teacher | TeacherFromCache | None = None
     if stage.needs_teacher:
         teacher = TeacherFromCache() if is_cached else load_teacher(recipe)
@@ -126,9 +132,10 @@ def build_stage(
     if teacher and teacher.module is not None:
         _check_logits(teacher.module.teacher, encoders.teacher)
     return StageParts(
-        dataset=PairDataset(index, train_encoders, with_regular),
+        dataset=PairDataset(index, train_encoders, with_regular, alignment),
         plan=plan,
-        validation=validation and PairDataset(validation, validation_encoders, with_regular),
+        validation=validation
+        and PairDataset(validation, validation_encoders, with_regular, alignment),
         student=engine,
         teacher=teacher,
         writer=writer,
@@ -179,6 +186,15 @@ def _in_loop_scores(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> InLoo
     )
     scores.refuse()
     return scores
+
+
+def _alignment(stage: StageConfig, encoders: PairEncoders) -> Alignment | None:
+    """What the stage wants to know of both tokenizations. Raises UserError; see token_bytes."""
+    if not stage.needs_alignment:
+        return None
+    assert isinstance(encoders.teacher, ChatEncoder) and isinstance(encoders.student, ChatEncoder)
+    pieces = [token_bytes(e.tokenizer, e.folder) for e in (encoders.teacher, encoders.student)]
+    return Alignment(Aligner(*pieces), stage.answers.rows, stage.kind == "byte_kd")
 
 
 def _teacher_in_words(recipe: Recipe, stage: StageConfig) -> str | None:
@@ -241,10 +257,10 @@ def _objective(
     stage: StageConfig,
     student: VLM,
     recalibrator_folder: Path | None,
-    vocabulary: int,
+    encoders: PairEncoders,
     clock: Clock,
+    alignment: Alignment | None,
 ) -> nn.Module:
-    """vocabulary: tokens that the student's tokenizer has."""
     if not stage.needs_teacher:
         return Supervised(student, stage.losses, clock)
     assert recipe.teacher is not None
@@ -257,15 +273,42 @@ def _objective(
         assert isinstance(head, ReplicatedHead)  # a rule of config.Recipe
         if stage.kind == "mot":
             return MultiLevelOT(student, head, stage.losses, clock)
+        if stage.kind == "byte_kd":
+            assert alignment is not None
+            tables = _byte_vocabularies(alignment.aligner, encoders, student, head)
+            return ByteKD(student, head, tables, stage.losses, clock)
         distance = sorted_distance
         if stage.kind == "logit_kd":
-            distance = divergence(stage.losses, vocabulary)
+            distance = divergence(stage.losses, len(encoders.student.tokenizer))
         return TokenKD(student, head, stage.losses, distance, clock)
     recalibrator = new_recalibrator(recipe, student)
     if recalibrator_folder:
         load_recalibrator(recalibrator, recalibrator_folder)
+    embedding = None
+    if stage.answers.embeddings:
+        embedding = load_embedding(recipe.teacher.path, DTYPES[recipe.precision])
     return GenRecal(
-        student, recalibrator, head, stage.losses, trains_student=stage.kind != "align", clock=clock
+        student,
+        recalibrator,
+        head,
+        stage.losses,
+        trains_student=stage.kind != "align",
+        clock=clock,
+        answers=AnswerInputs(stage.answers, embedding),
+    )
+
+
+def _byte_vocabularies(
+    aligner: Aligner, encoders: PairEncoders, student: VLM, head: ReplicatedHead
+) -> tuple[ByteVocabulary, ByteVocabulary]:
+    """(teacher's, student's)."""
+    theirs, ours = encoders.teacher, encoders.student
+    assert isinstance(theirs, ChatEncoder) and isinstance(ours, ChatEncoder)
+    assert theirs.end_of_turn is not None and ours.end_of_turn is not None
+    device, columns = dist.device(), len(head.head.weight_VH)
+    return (
+        byte_vocabulary(aligner.teacher, theirs.end_of_turn, columns, device),
+        byte_vocabulary(aligner.student, ours.end_of_turn, student.head.out_features, device),
     )
 
 

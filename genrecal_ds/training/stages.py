@@ -26,6 +26,7 @@ STAGES: dict[str, StageFacts] = {
     "logit_kd": StageFacts(_ALL_BUT_VISION, recalibrator=False),
     "mot": StageFacts(_ALL_BUT_VISION, recalibrator=False),
     "dskd": StageFacts(_ALL_BUT_VISION, recalibrator=False),
+    "byte_kd": StageFacts(_ALL_BUT_VISION, recalibrator=False),
 }
 
 

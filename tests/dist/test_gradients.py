@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from genrecal_ds.config import load_recipe
 from genrecal_ds.data.index import ShardIndex
@@ -20,7 +21,15 @@ from tests.fixtures import ROOT, partitioning_ds_configs, run_ranks, texts_of_di
 pytestmark = pytest.mark.dist
 
 
-LOSSES = {"logit_kd": {"divergence": "reverse_kl"}, "mot": {"kl": 0.15}}
+# A case's name, where it is not a kind, is what its stage changes.
+STAGES = {
+    "logit_kd": {"losses": {"divergence": "reverse_kl"}},
+    "mot": {"losses": {"kl": 0.15}},
+    "student's rows": {"kind": "distill", "answers": {"rows": "student"}},
+    "both rows": {"kind": "distill", "answers": {"rows": "both"}},
+    "embeddings": {"kind": "distill", "answers": {"embeddings": 1.0}},
+    "boundary": {"kind": "distill", "losses": {"boundary_weight": 3.0}},
+}
 
 
 def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_keys):
@@ -35,15 +44,35 @@ def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_
         optimizer={"lr": 1e-3, "clip": 0.0},
         deepspeed=partitioning_ds_configs(folder),
         log={"probes_every": 1},  # the probe must leave no gradient behind
-        stages=[{"kind": kind, "steps": 2, "losses": LOSSES.get(kind, {})}],
+        stages=[{"kind": kind, "name": "tested", "steps": 2, **STAGES.get(kind, {})}],
     )  # fmt: skip
 
 
-def reference_gradients(recipe_path, kind, result):
+def pieces_of(tokenizer):
+    """The bytes of every token, spelt by hand: byte-level, or sentencepiece's marks."""
+    is_byte_level = "\u0120plus" in tokenizer.get_vocab()
+    to_byte = {char: byte for byte, char in bytes_to_unicode().items()}
+    pieces = [None] * len(tokenizer)
+    for word, token in tokenizer.get_vocab().items():
+        added = tokenizer.added_tokens_decoder.get(token)
+        if token in tokenizer.all_special_ids or (added and added.special):
+            continue
+        if is_byte_level:
+            pieces[token] = bytes(to_byte[char] for char in word)
+        elif word.startswith("<0x"):
+            pieces[token] = bytes.fromhex(word[3:5])
+        else:
+            pieces[token] = word.replace("\u2581", " ").encode()
+    return pieces
+
+
+def reference_gradients(recipe_path, result):
     """The second step's gradients from the weights the ranks had before it."""
     recipe = load_recipe(recipe_path)
+    stage = recipe.stages[0]
+    kind = stage.kind
     inputs = open_inputs(recipe)
-    encoders = inputs.encoders[recipe.stages[0].needs_teacher]
+    encoders = inputs.encoders[stage.needs_teacher]
     index = ShardIndex.load(recipe.data.train)
     reader = ShardReader(index)
     slots = [s for micro in steps_of(index)[1] for s in micro if s != PADDING]
@@ -77,8 +106,17 @@ def reference_gradients(recipe_path, kind, result):
             parameter.requires_grad_(prefix + name in result["gradients"])
             if parameter.requires_grad:
                 parameters[prefix + name] = parameter
-    Reference(teacher, student, recalibrator, kind, projection).loss(pairs).backward()
-    return {name: parameter.grad for name, parameter in parameters.items()}
+    pieces = None
+    if stage.needs_alignment:
+        pieces = [pieces_of(e.tokenizer) for e in (encoders.teacher, encoders.student)]
+    answers = "embeddings" if stage.answers.embeddings else stage.answers.rows
+    reference = Reference(
+        teacher, student, recalibrator, kind, projection, pieces, answers,
+        stage.losses.boundary_weight,
+    )  # fmt: skip
+    reference.loss(pairs).backward()
+    # Proj-pre reads nothing in a pass of the student's rows alone.
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
 
 
 PACK = {"pack": True}
@@ -96,7 +134,13 @@ LEAN = {"pack": True, "gradient_checkpointing": True}
      ("uld", "student_init", "replicated", {}, LEAN),
      ("logit_kd", "twin", "replicated", {}, {}),
      ("mot", "student_init", "replicated", {}, LEAN),
-     ("dskd", "student_untied", "vocab_parallel", {}, {})],
+     ("dskd", "student_untied", "vocab_parallel", {}, {}),
+     ("byte_kd", "student_init", "replicated", {}, LEAN),
+     ("byte_kd", "student_untied", "replicated", {"placement": "replica"}, {}),
+     ("student's rows", "student_init", "replicated", {}, LEAN),
+     ("both rows", "student_untied", "vocab_parallel", PACK, {}),
+     ("embeddings", "student_init", "gathered", {}, {}),
+     ("boundary", "student_init", "vocab_parallel", {}, {})],
 )  # fmt: skip
 def test_gradients_equal_plain_torch(
     tmp_path, pair, shards, kind, student, head, teacher_keys, student_keys
@@ -106,9 +150,9 @@ def test_gradients_equal_plain_torch(
         shutil.copytree(pair_folder, tmp_path / "teacher_init")
         build_teacher(texts_of_digits(), pair / "twin", width=64, layers=2)
     recipe = recipe_for(tmp_path, pair, shards, student, kind, head, teacher_keys, student_keys)
-    run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, kind, tmp_path / "result.pt"])
+    run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, "tested", tmp_path / "result.pt"])
     result = torch.load(tmp_path / "result.pt")
-    expected = reference_gradients(recipe, kind, result)
+    expected = reference_gradients(recipe, result)
     assert expected.keys() == result["gradients"].keys() and expected
     scale = max(gradient.abs().max() for gradient in expected.values())
     for name, gradient in result["gradients"].items():
@@ -119,11 +163,11 @@ def test_gradients_equal_plain_torch(
     assert {name.split(".")[0] for name in result["gradients"]} == {
         "align": {"recalibrator"}, "distill": {"student", "recalibrator"}, "sft": {"student"},
         "uld": {"student"}, "logit_kd": {"student"}, "mot": {"student"},
-        "dskd": {"student", "projection"},
-    }[kind]  # fmt: skip
+        "dskd": {"student", "projection"}, "byte_kd": {"student"},
+    }[load_recipe(recipe).stages[0].kind]  # fmt: skip
     assert result["still_whole"] == [], "parameters stay gathered after the step"
 
-    exported = tmp_path / f"{kind}_export" / "student"
+    exported = tmp_path / "tested_export" / "student"
     model = AutoModelForImageTextToText.from_pretrained(exported)
     assert not any("recalibrator" in name for name in model.state_dict())
     logits = exported_logits(model, result["inputs"])

@@ -1,20 +1,23 @@
 """The demo's scenes: disjoint handwriting, the same bytes again, answers that are right."""
 
+import hashlib
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.build import main
 from data_tools.sources import digits
+from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.errors import UserError
 
 pytestmark = pytest.mark.unit
 SPLITS = ("train", "validation", "heldout")
 
 
-def samples(split, num_samples, seed, kinds=digits.DEFAULT_KINDS):
-    return digits.Digits(split, num_samples, seed, kinds).rows(0, num_samples)
+def samples(split, num_samples, seed, kinds=digits.DEFAULT_KINDS, wrong_share=0.0):
+    return digits.Digits(split, num_samples, seed, kinds, wrong_share).rows(0, num_samples)
 
 
 def text(message):
@@ -89,6 +92,78 @@ def test_scenes_are_pictures_of_their_grid():
         sizes.setdefault(sample.kind, set()).add(image.size)
         assert image.mode == "RGB" and np.asarray(image).std() > 20
     assert sizes == {"digit": {(16, 16)}, "place": {(32, 32)}}
+
+
+def questions(sample):
+    return [text(message) for message in sample.messages[::2]]
+
+
+def finals(sample):
+    """Of every answer as taught; of a number of a row all digits, of a box all four numbers."""
+    texts = [text(message) for message in sample.messages[1::2]]
+    return [words if sample.kind == "box" else words.split()[-1] for words in texts]
+
+
+def test_without_wrong_answers_samples_are_what_they_were():
+    source = digits.Digits("train", 200, 2)
+    assert source.digest.startswith("cebb7269a48bec4b")
+    rows = [(s.messages, s.kind, s.answers, s.source_id) for s in source.rows(0, 200)]
+    assert hashlib.sha256(repr(rows).encode()).hexdigest().startswith("65539edbe62fece3")
+    named = digits.open_source("digits", num_samples=200, seed=2, wrong_share=0.0)
+    assert named.digest == source.digest and list(named.rows(0, 200)) == list(source.rows(0, 200))
+    assert digits.Digits("train", 200, 2, wrong_share=0.1).digest != source.digest
+
+
+@pytest.mark.parametrize("kinds", [digits.DEFAULT_KINDS, ("digit",), ("box",)])
+def test_wrong_answers_change_nothing_but_what_is_taught(kinds):
+    pairs = list(
+        zip(samples("train", 2000, 0, kinds), samples("train", 2000, 0, kinds, 0.35), strict=True)
+    )
+    num_turns = num_wrong = 0
+    wrong_kinds = set()
+    for clean, noisy in pairs:
+        assert (noisy.images, noisy.kind, noisy.answers, noisy.source_id, questions(noisy)) == (
+            clean.images, clean.kind, clean.answers, clean.source_id, questions(clean)
+        )  # fmt: skip
+        for turn in range(len(questions(clean))):
+            ours, theirs = (text(s.messages[2 * turn + 1]) for s in (noisy, clean))
+            num_turns += 1
+            if ours != theirs:  # then the final answer differs, not only the reasoning
+                assert finals(noisy)[turn] != finals(clean)[turn]
+                num_wrong += 1
+                wrong_kinds.add(clean.kind)
+    assert abs(num_wrong / num_turns - 0.35) < 0.03
+    assert wrong_kinds == {*kinds, "sum_text"}
+    assert pairs[:50] == list(
+        zip(samples("train", 50, 0, kinds), samples("train", 50, 0, kinds, 0.35), strict=True)
+    )
+
+
+def test_a_wrong_answer_agrees_with_itself():
+    for sample in samples("train", 400, 0, ("row_sum", "largest"), 0.9):
+        for message in sample.messages[1::2]:
+            words = text(message).split()
+            if "plus" in words:
+                assert int(words[0]) + int(words[2]) == int(words[-1])
+            else:
+                assert max(words[1:5]) == words[-1]
+
+
+def test_shares_that_cannot_be_are_refused():
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match=f"--wrong-share {share}: write a share from 0"):
+            digits.Digits("train", 1, 0, wrong_share=share)
+    for split in ("validation", "heldout"):
+        with pytest.raises(UserError, match=f"--wrong-share: --split {split} is for scoring"):
+            digits.open_source("digits", split=split, wrong_share=0.1)
+
+
+def test_the_share_is_an_option_of_the_build(tmp_path, capsys):
+    command = ["digits", "--format", "digits", "--num-samples", "60", "--wrong-share"]
+    assert main([*command, "0.5", "--out", str(tmp_path / "wrong")]) == 0
+    assert ShardIndex.load(tmp_path / "wrong").build["wrong_share"] == 0.5
+    assert main([*command, "1", "--out", str(tmp_path / "all")]) == 2
+    assert "--wrong-share 1.0: write a share" in capsys.readouterr().err
 
 
 def test_unknown_names_are_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from genrecal_ds.data.batch import Packing, Turns
+from genrecal_ds.data.packed import Packing, Turns
 from genrecal_ds.models.recalibrator import (
     Recalibrator,
     block_config,

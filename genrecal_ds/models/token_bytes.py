@@ -1,0 +1,91 @@
+"""The bytes that each token of a vocabulary stands for, or a refusal; and tables of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from genrecal_ds.errors import UserError
+from genrecal_ds.models.offsets import SPELLINGS, Piece, Spelling
+from genrecal_ds.ops.next_byte import END, STOP, ByteVocabulary
+
+MOST_BYTES = 32  # of a token; boundaries further inside one are left out
+
+# Plain text that every tokenizer writes as it is, but for a blank in front: normalised, lower case.
+PROBES = ("3 plus 8 is eleven,  it's 2024\n", "na\u00efve caf\u00e9", "\u4e2d\u6587 \U0001f600")
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes | None]:
+    """By token id; None for special tokens and ids that nothing has.
+
+    Raises UserError where no way of spelling gives a text back.
+    """
+    spell = _spelling(tokenizer, folder)
+    added = tokenizer.added_tokens_decoder
+    size = max([*tokenizer.get_vocab().values(), *added]) + 1
+    found: list[bytes | None] = [None] * size
+    special = set(tokenizer.all_special_ids)
+    for piece, token in tokenizer.get_vocab().items():
+        if token in added:
+            is_text = not added[token].special and token not in special
+            found[token] = str(added[token]).encode() if is_text else None
+        elif token not in special:
+            found[token] = spell(piece)
+    return found
+
+
+def _spelling(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Spelling:
+    """The way in which pieces spell every probe that the vocabulary has the characters for."""
+    for spelling, _ in SPELLINGS:
+        said = [_spells(tokenizer, spelling, probe) for probe in PROBES]
+        if True in said and False not in said:
+            return spelling
+    raise UserError(
+        f"{folder}: cannot tell the bytes of its tokens ({type(tokenizer).__name__}); a stage that "
+        "aligns two tokenizers by bytes needs one of byte-level, tiktoken or sentencepiece kind"
+    )
+
+
+def _spells(tokenizer: PreTrainedTokenizerBase, spelling: Spelling, text: str) -> bool | None:
+    """Up to a blank in front; None where the vocabulary lacks a character of the text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.unk_token_id in ids:
+        return None
+    pieces: list[Piece] = tokenizer.convert_ids_to_tokens(ids)
+    words = [spelling(piece) for piece in pieces]
+    if any(word is None for word in words):
+        return False
+    spelt = b"".join(word for word in words if word is not None)
+    return spelt in (text.encode(), b" " + text.encode())
+
+
+def byte_vocabulary(
+    pieces: Sequence[bytes | None], end_of_turn: int, num_logits: int, device: torch.device
+) -> ByteVocabulary:
+    """Tables for ops/next_byte. num_logits: columns of the head, padding included."""
+    tokens = [token for token, piece in enumerate(pieces) if piece and token != end_of_turn]
+    tokens.sort(key=lambda token: pieces[token] or b"")
+    words = [pieces[token] or b"" for token in tokens]
+    depth = min(MOST_BYTES, max(map(len, words)))
+    symbols = np.full((len(words), depth + 1), STOP, np.int64)
+    for place, word in enumerate(words):
+        cut = word[: depth + 1]
+        symbols[place, : len(cut)] = np.frombuffer(cut, np.uint8)
+    low = np.zeros_like(symbols)
+    high = np.full_like(symbols, len(words))
+    places = np.arange(len(words))
+    differs = np.zeros(len(words), bool)  # from the word before, in the first d bytes
+    differs[:1] = True
+    for d in range(1, depth + 1):
+        differs[1:] |= symbols[1:, d - 1] != symbols[:-1, d - 1]
+        low[:, d] = np.maximum.accumulate(np.where(differs, places, 0))
+        starts = np.append(np.flatnonzero(differs), len(words))
+        high[:, d] = starts[np.searchsorted(starts, places, side="right")]
+    first = np.full(num_logits, STOP, np.int64)
+    first[tokens], first[end_of_turn] = symbols[:, 0], END
+    place_of = np.full(num_logits, -1, np.int64)
+    place_of[tokens] = places
+    tables = (first, np.array(tokens), place_of, symbols, low, high)
+    return ByteVocabulary(*(torch.from_numpy(table).to(device) for table in tables))

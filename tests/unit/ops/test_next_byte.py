@@ -1,0 +1,147 @@
+"""Next-byte distributions and their KL: against sums over tokens written out one by one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrecal_ds.models.token_bytes import MOST_BYTES, byte_vocabulary
+from genrecal_ds.ops.next_byte import (
+    END,
+    NUM_SYMBOLS,
+    STOP,
+    Boundaries,
+    next_byte_kl,
+    next_byte_log_mass,
+)
+
+pytestmark = pytest.mark.unit
+TEACHER = [None, b"a", b"b", b"ab", b"abc", b" ", b" a", b"\x00", b"\xff\x00", b"c", None, b"a"]
+STUDENT = [b"a", b"b", b"c", None, b" ab", b" ", b"abcd", b"d", b"ba", b"\x00"]
+ENDS = (10, 3)
+PADDED = (14, 10)
+
+
+def tables(dtype=torch.float64):
+    return [
+        byte_vocabulary(pieces, end, size, torch.device("cpu"))
+        for pieces, end, size in zip((TEACHER, STUDENT), ENDS, PADDED, strict=True)
+    ]
+
+
+def spelt_out(probabilities, pieces, end, token, depth):
+    """{symbol: probability}, unnormalised: of one boundary, token by token."""
+    prefix, found = (pieces[token] or b"")[:depth], {}
+    for candidate, piece in enumerate(pieces):
+        if candidate == end:
+            symbol = END if not depth else None
+        elif not piece or not piece.startswith(prefix):
+            symbol = None
+        else:
+            symbol = piece[depth] if len(piece) > depth else STOP
+        if symbol is not None:
+            found[symbol] = found.get(symbol, 0.0) + probabilities[candidate]
+    return found
+
+
+def kl_spelt_out(theirs, ours):
+    shared = (theirs.keys() & ours.keys()) - {STOP}
+    both = [{symbol: side[symbol] for symbol in shared} for side in (theirs, ours)]
+    rests = [[p for symbol, p in side.items() if symbol not in shared] for side in (theirs, ours)]
+    if all(rests):
+        for side, rest in zip(both, rests, strict=True):
+            side["rest"] = sum(rest)
+    sums = [sum(side.values()) for side in both]
+    total = 0.0
+    for symbol in both[0]:
+        p, q = (side[symbol] / whole for side, whole in zip(both, sums, strict=True))
+        total = total + p * (p / q).log()
+    return total
+
+
+def boundaries_of(pieces, end):
+    return [(t, d) for t, piece in enumerate(pieces) if piece for d in range(len(piece))] + [
+        (end, 0)
+    ]
+
+
+def test_masses_are_sums_over_tokens_at_every_boundary():
+    torch.manual_seed(0)
+    for pieces, end, size, vocabulary in zip(
+        (TEACHER, STUDENT), ENDS, PADDED, tables(), strict=True
+    ):
+        at = boundaries_of(pieces, end)
+        logits = torch.randn(len(at), size, dtype=torch.float64) * 3
+        where = Boundaries(torch.arange(len(at)), *torch.tensor(at).T)
+        mass = next_byte_log_mass(logits, where, vocabulary)
+        assert mass.shape == (len(at), NUM_SYMBOLS)
+        for row, (token, depth) in enumerate(at):
+            expected = spelt_out(logits[row].softmax(-1), pieces, end, token, depth)
+            assert set((mass[row] > -math.inf).nonzero().flatten().tolist()) == expected.keys()
+            values = torch.stack([mass[row, symbol] for symbol in expected]).softmax(-1)
+            truth = torch.stack(list(expected.values()))
+            torch.testing.assert_close(values, truth / truth.sum(), rtol=1e-12, atol=0)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(boundaries_of(TEACHER, ENDS[0])),
+            st.sampled_from(boundaries_of(STUDENT, ENDS[1])),
+        ),
+        min_size=1, max_size=4,
+    ),
+    st.integers(0, 2**20),
+)  # fmt: skip
+def test_kl_and_its_gradient_equal_the_sum_over_symbols(pairs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    num = len(pairs)
+    theirs = torch.randn(num, PADDED[0], generator=generator, dtype=torch.float64) * 2
+    ours = (
+        torch.randn(num, PADDED[1], generator=generator, dtype=torch.float64) * 2
+    ).requires_grad_()
+    rows, (teacher_table, student_table) = torch.arange(num), tables()
+    at_teacher, at_student = (
+        Boundaries(rows, *torch.tensor([pair[side] for pair in pairs]).T) for side in (0, 1)
+    )
+    kl = next_byte_kl(
+        next_byte_log_mass(theirs, at_teacher, teacher_table),
+        next_byte_log_mass(ours, at_student, student_table),
+    )
+    (gradient,) = torch.autograd.grad(kl.sum(), ours)
+    expected = [
+        torch.as_tensor(kl_spelt_out(
+            spelt_out(theirs[i].softmax(-1), TEACHER, ENDS[0], *there),
+            spelt_out(ours[i].softmax(-1), STUDENT, ENDS[1], *here),
+        ), dtype=torch.float64) + 0.0 * ours.sum()
+        for i, (there, here) in enumerate(pairs)
+    ]  # fmt: skip
+    (truth,) = torch.autograd.grad(sum(expected), ours)
+    torch.testing.assert_close(kl, torch.stack(expected), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_equal_models_of_one_vocabulary_have_no_kl_and_far_ones_stay_finite():
+    _, table = tables()
+    at = boundaries_of(STUDENT, ENDS[1])
+    where = Boundaries(torch.arange(len(at)), *torch.tensor(at).T)
+    logits = torch.randn(len(at), PADDED[1])
+    mass = next_byte_log_mass(logits, where, table)
+    assert next_byte_kl(mass, mass).abs().max() < 1e-6
+    far = (torch.eye(len(STUDENT))[torch.randint(len(STUDENT), (len(at),))] * 200).requires_grad_()
+    kl = next_byte_kl(mass, next_byte_log_mass(far, where, table))
+    kl.sum().backward()
+    assert kl.isfinite().all() and far.grad.isfinite().all()
+
+
+def test_long_tokens_are_known_up_to_a_depth():
+    long = b"x" * (MOST_BYTES + 9)
+    table = byte_vocabulary([long, long + b"y", b"x", None], 3, 4, torch.device("cpu"))
+    assert table.symbol_WD.shape[1] == MOST_BYTES + 1
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    at = Boundaries(*torch.tensor([[0], [0], [MOST_BYTES]]))
+    mass = next_byte_log_mass(logits, at, table)
+    assert (mass > -math.inf).nonzero()[:, 1].tolist() == [ord("x")]
