@@ -67,11 +67,16 @@ class TeacherSource(ModelSource):
     # a folder for its rows: align writes them, distill reads them in place of running it
     cache: Path | None = None
     cache_rows: Literal["exact", "int8"] = "exact"  # int8: half of bf16's bytes, rounded
+    # whose output the Recalibrator reads, counted from 1; default: the last, behind its norm (the
+    # paper). What it learns to predict is the last's in any case
+    answer_layer: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
-    def _gathering_is_not_compiled(self) -> "TeacherSource":
+    def _keys_agree(self) -> "TeacherSource":
         if self.compile and self.is_sharded:
             raise ValueError("compile: true needs placement: replica or replica_int8")
+        if self.cache and self.answer_layer:
+            raise ValueError("cache: holds the last layer's rows; leave out answer_layer, or cache")
         return self
 
     @property
@@ -165,6 +170,15 @@ class AnswersConfig(Section):
     noise: float = Field(0.0, ge=0)  # Gaussian on z_al, its standard deviation in units of a row's
 
 
+class OnPolicyConfig(Section):
+    """Answers that the student gives itself in training, for the teacher to comment. Not the
+    paper's."""
+
+    share: float = Field(0.0, ge=0, le=1)  # of conversations, whose last answer it gives
+    max_new_tokens: int = Field(64, gt=0)
+    temperature: float = Field(1.0, gt=0)
+
+
 class OptimizerConfig(Section):
     lr: float = Field(1e-4, gt=0)
     final_lr: float = Field(1e-5, ge=0)  # linear decay from lr, no warm-up
@@ -186,6 +200,7 @@ class StageConfig(Section):
     train: tuple[Component, ...] | None = None  # default: training/stages.py
     losses: LossConfig = LossConfig()
     answers: AnswersConfig = AnswersConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
     lr: float | None = Field(None, gt=0)
     final_lr: float | None = Field(None, ge=0)
     global_batch: int | None = Field(None, gt=0)
@@ -215,6 +230,14 @@ class StageConfig(Section):
             raise ValueError("losses.student_ce is 0: this stage has no other term")
         if self.answers != AnswersConfig() and not self.has_recalibrator:
             raise ValueError(f"answers: read by align and distill; {self.kind} has no Recalibrator")
+        if self.on_policy.share:
+            if self.kind not in ("distill", "byte_kd"):
+                raise ValueError(f"on_policy: of distill and byte_kd; this stage is {self.kind}")
+            if losses.student_ce or (self.kind == "distill" and losses.ar):
+                raise ValueError(
+                    "on_policy: an answer of the student's own is no truth; set losses.student_ce "
+                    "and losses.ar to 0"
+                )
         return self
 
     @property
@@ -322,6 +345,12 @@ class Recipe(Section):
         if self.teacher and self.teacher.cache and self.recalibrator.positions == "own":
             raise ValueError(
                 "teacher.cache: holds no question, so recalibrator.positions must be new"
+            )
+        own = [stage.name for stage in self.stages if stage.on_policy.share]
+        if own and self.teacher and self.teacher.cache:
+            raise ValueError(
+                f"stages.{own[0]}.on_policy: a cache holds rows of given answers; leave out "
+                "teacher.cache"
             )
         if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
             raise ValueError("teacher.path and student.path are the same folder; name two models")

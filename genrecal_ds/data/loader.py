@@ -151,13 +151,15 @@ class PairDataset(Dataset):
                 unusable.append(str(error))
                 unusable_ids.append(slot)
         turns_of = tuple(len(pair.student.answers) for pair in pairs)
-        batch = collate(
-            pairs, self.placeholder, self.encoders.vision_rules, self.with_regular, self.alignment
-        )
-        return batch._replace(
+        return self.collate(pairs)._replace(
             sample_ids=real, used_ids=tuple(used), turns_of=turns_of, unusable=tuple(unusable),
             unusable_ids=tuple(unusable_ids), unreadable=tuple(unreadable),
         )  # fmt: skip
+
+    def collate(self, pairs: list[Pair]) -> PairBatch:
+        return collate(
+            pairs, self.placeholder, self.encoders.vision_rules, self.with_regular, self.alignment
+        )
 
 
 def micro_batches(

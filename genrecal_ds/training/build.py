@@ -18,7 +18,7 @@ from torch import nn
 from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig, load_ds_config
 from genrecal_ds.data.alignment import Aligner
-from genrecal_ds.data.batch import Alignment
+from genrecal_ds.data.batch import Alignment, PairBatch
 from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
@@ -52,6 +52,7 @@ from genrecal_ds.training.engine import (
     monitor_config,
 )
 from genrecal_ds.training.inputs import Inputs
+from genrecal_ds.training.on_policy import OnPolicy
 from genrecal_ds.training.progress import host_memory_gib
 from genrecal_ds.training.stages import freeze
 from genrecal_ds.training.teacher_cache import Caches, TeacherFromCache
@@ -77,6 +78,8 @@ class StageParts:
     writer: FeatureWriter | None  # of the teacher's rows
     export: Callable[[Path], None]  # a collective: writes the stage's result folders
     answer: Callable[[], dict[str, float]] | None  # a collective: scores of the student's answers
+    # a collective: a step's micro-batches with answers that the student gives itself
+    own_answers: Callable[[int, list[PairBatch]], list[PairBatch]] | None
     clock: Clock
     facts: dict[str, Any]  # of this start: versions, where pixels come from, memory of every rank
 
@@ -131,8 +134,13 @@ def build_stage(
     answer = None if scores is None else (lambda: scores(engine.module.student))
     if teacher and teacher.module is not None:
         _check_logits(teacher.module.teacher, encoders.teacher)
+    dataset = PairDataset(index, train_encoders, with_regular, alignment)
+    own_answers = None
+    if stage.on_policy.share:
+        on_policy = OnPolicy(dataset, stage.on_policy, recipe.seed)
+        own_answers = lambda step, micro: on_policy(engine.module.student, step, micro)  # noqa: E731
     return StageParts(
-        dataset=PairDataset(index, train_encoders, with_regular, alignment),
+        dataset=dataset,
         plan=plan,
         validation=validation
         and PairDataset(validation, validation_encoders, with_regular, alignment),
@@ -141,6 +149,7 @@ def build_stage(
         writer=writer,
         export=_exporter(engine, student_folder, recipe),
         answer=answer,
+        own_answers=own_answers,
         clock=clock,
         facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage)},
     )

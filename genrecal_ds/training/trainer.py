@@ -91,6 +91,7 @@ class Trainer:
                 with profiler.step(step):
                     with self.parts.clock.phase("data"):
                         micro = next(batches)
+                    micro = self._with_own_answers(step, micro)
                     report = self.train_step(step, micro)
                 self.next_step = step + 1
                 self._enter_in_ledger(step)
@@ -144,6 +145,13 @@ class Trainer:
         shown = [] if is_applied else torch.stack(losses).tolist()
         self.faults.check_step(step, micro, shown, is_applied)
         return report
+
+    def _with_own_answers(self, step: int, micro: list[PairBatch]) -> list[PairBatch]:
+        if self.parts.own_answers is None:
+            return micro
+        self.parts.student.train(False)
+        with self.parts.clock.phase("on_policy"):
+            return self.parts.own_answers(step, micro)
 
     def _share(self, step: int) -> float:
         """Real samples of the step per slot: below 1 in the last step of an epoch only."""

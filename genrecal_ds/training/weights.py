@@ -56,14 +56,15 @@ def load_teacher(recipe: Recipe) -> Teacher:
         name = recipe.teacher_ds_config
         group = dist.host_group() if source.placement == "zero3_host" else None
         vlm = load_vlm_sharded(source.path, name, recipe.precision, source, group)
-        return TeacherEngine(TeacherBody(vlm), load_ds_config(name), recipe.precision)
+        body = TeacherBody(vlm, source.answer_layer)
+        return TeacherEngine(body, load_ds_config(name), recipe.precision)
     vlm = load_replica(
         source.path, DTYPES[recipe.precision], dist.device(),
         source.placement == "replica_int8", source.pack, source.attention,
     )  # fmt: skip
     if source.compile:
         vlm.compile_blocks()
-    return TeacherReplica(TeacherBody(vlm))
+    return TeacherReplica(TeacherBody(vlm, source.answer_layer))
 
 
 def load_vlm_sharded(

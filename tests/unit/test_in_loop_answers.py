@@ -12,6 +12,7 @@ from genrecal_ds.evaluate.generate import Generator
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.vlm import load_vlm
 from genrecal_ds.training.answers import InLoopScores
+from genrecal_ds.training.decoding import decode, likeliest
 
 pytestmark = pytest.mark.unit
 
@@ -22,8 +23,8 @@ def test_the_same_answers_as_generate(pair, shards, model, num_pictures):
     folder = pair / model
     reader = ShardReader(ShardIndex.load(shards / "train"))
     samples = [s for s in map(reader.read, range(60)) if len(s.images) == num_pictures][:2]
-    scores = InLoopScores(PairEncoders(ChatEncoder(folder, 1 << 20)), reader, 5, 8, 6)
-    found = scores._answers(load_vlm(folder).eval(), samples)
+    encoders = PairEncoders(ChatEncoder(folder, 1 << 20))
+    found = decode(load_vlm(folder).eval(), encoders, samples, 6, likeliest)
     (expected,) = Generator(folder, 6).answers(samples, 8)
     assert len(samples) == 2 and found == expected
 

@@ -1,0 +1,104 @@
+"""Answers of a student that is in training, by the modules that train, on all ranks together.
+
+Every step of decoding reads the sequences again, without a cache of keys: that costs more, and
+needs nothing of a family but the body that trains, packed or not. Ranks do the same number of
+forwards whatever they have to answer, and leave together: under ZeRO-3 each gathers from all.
+
+Shapes: B conversations, S longest sequence so far, D student width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from genrecal_ds import dist
+from genrecal_ds.data.batch import pad_side, to_device
+from genrecal_ds.data.loader import PairEncoders
+from genrecal_ds.data.pair import EncodedChat
+from genrecal_ds.data.reader import Sample
+from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.vlm import VLM
+
+# Next tokens out of logits [B, V]; rows behind those of the samples are nobody's.
+Choice = Callable[[Tensor], list[int]]
+
+
+def likeliest(logits_BV: Tensor) -> list[int]:
+    tokens: list[int] = logits_BV.argmax(-1).tolist()
+    return tokens
+
+
+def drawn(temperature: float, generators: Sequence[torch.Generator]) -> Choice:
+    """From softmax(logits / temperature), each sample's tokens from a generator of its own."""
+
+    def choose(logits_BV: Tensor) -> list[int]:
+        shares_BV = (logits_BV.float() / temperature).softmax(-1).cpu()
+        tokens = [
+            int(torch.multinomial(row, 1, generator=generator))
+            for row, generator in zip(shares_BV, generators, strict=False)
+        ]
+        return tokens + [0] * (len(shares_BV) - len(tokens))
+
+    return choose
+
+
+@torch.no_grad()
+def decode(
+    student: VLM,
+    encoders: PairEncoders,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    choose: Choice,
+) -> list[str]:
+    """The last answers of the samples, without special tokens. A collective."""
+    encoder = encoders.student
+    assert isinstance(encoder, ChatEncoder)
+    prompts = [_as_chat(encoder, sample) for sample in samples]
+    lengths = [len(prompt.input_ids_T) for prompt in prompts]
+    if not any(prompt.vision for prompt in prompts):  # see data.batch.collate
+        prompts.append(encoders.placeholder().student)
+    chats, is_done = list(prompts), [n >= len(samples) for n in range(len(prompts))]
+    for _ in range(max_new_tokens):
+        waiting = torch.tensor([float(not all(is_done))], device=dist.device())
+        if not dist.sum_over_ranks(waiting).item():
+            break
+        tokens = choose(_next_logits(student, chats, encoder.vision_rules))
+        for place, token in enumerate(tokens):
+            if not is_done[place]:
+                chats[place] = _longer(chats[place], token, encoder.is_prefix_lm)
+                is_done[place] = token == encoder.end_of_turn
+    new = [chat.input_ids_T[n:] for chat, n in zip(chats, lengths, strict=False)]
+    texts: list[str] = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+def _as_chat(encoder: ChatEncoder, sample: Sample) -> EncodedChat:
+    """What stands before the last answer."""
+    prompt = encoder.prompt(sample.messages[:-1], sample.images)
+    per_token = {key: prompt[key][0] for key in encoder.per_token}
+    vision = {key: prompt[key] for key in encoder.vision_rules if key in prompt}
+    return EncodedChat(prompt["input_ids"][0], (), per_token, vision)
+
+
+def _longer(chat: EncodedChat, token: int, is_prefix_lm: bool) -> EncodedChat:
+    def grown(values: Tensor, value: int) -> Tensor:
+        return torch.cat([values, values.new_tensor([value])])
+
+    # Of an answer's tokens: 1 where a family marks what follows its prompt.
+    marks = {"token_type_ids": int(is_prefix_lm)}
+    per_token = {key: grown(v, marks.get(key, 0)) for key, v in chat.per_token.items()}
+    return EncodedChat(grown(chat.input_ids_T, token), (), per_token, chat.vision)
+
+
+def _next_logits(
+    student: VLM, chats: Sequence[EncodedChat], vision_rules: dict[str, str]
+) -> Tensor:
+    """[B, V]."""
+    side = to_device(pad_side(list(chats), vision_rules), dist.device())
+    hidden_BSD = student.body(*side)
+    longest = hidden_BSD.shape[1]
+    ends = [b * longest + len(chat.input_ids_T) - 1 for b, chat in enumerate(chats)]
+    rows_BD = hidden_BSD.flatten(0, 1)[torch.tensor(ends, device=hidden_BSD.device)]
+    logits_BV: Tensor = student.head.logits(rows_BD)
+    return logits_BV

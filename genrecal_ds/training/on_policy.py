@@ -1,0 +1,80 @@
+"""Answers that the student gives itself, in the place of some of a step's given ones.
+
+Sampled from the student as it stands, tokenised again for both models, and taught by the teacher's
+distributions alone: an answer of the student's own is no truth, so no cross entropy is taken on it
+(a rule of config.StageConfig). What is drawn depends on the recipe's seed, the step and the sample,
+not on ranks, so that a resumed run draws the same.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from genrecal_ds.config import OnPolicyConfig
+from genrecal_ds.data.batch import PairBatch
+from genrecal_ds.data.loader import PairDataset
+from genrecal_ds.data.pair import Messages, Pair, Unusable
+from genrecal_ds.data.reader import Sample
+from genrecal_ds.models.vlm import VLM
+from genrecal_ds.training.decoding import decode, drawn
+
+
+@dataclass(frozen=True)
+class OnPolicy:
+    """dataset: the stage's training data, whose pairs have a teacher's side."""
+
+    dataset: PairDataset
+    config: OnPolicyConfig
+    seed: int
+
+    def __call__(self, student: VLM, step: int, micro: list[PairBatch]) -> list[PairBatch]:
+        """The step's micro-batches with answers of the student's. A collective: every rank decodes
+        once for each micro-batch, also where none of its samples was chosen."""
+        return [self._one(student, step, batch) for batch in micro]
+
+    def _one(self, student: VLM, step: int, batch: PairBatch) -> PairBatch:
+        samples = [
+            s for s in self.dataset.reader.read_many(batch.used_ids) if isinstance(s, Sample)
+        ]
+        entropies = [[self.seed, step, number] for number in batch.used_ids]
+        is_chosen = [np.random.default_rng(e).random() < self.config.share for e in entropies]
+        chosen = [s for s, mine in zip(samples, is_chosen, strict=True) if mine]
+        generators = [
+            torch.Generator().manual_seed(int(np.random.default_rng([*e, 1]).integers(2**62)))
+            for e, mine in zip(entropies, is_chosen, strict=True)
+            if mine
+        ]
+        texts = iter(decode(
+            student, self.dataset.encoders, chosen, self.config.max_new_tokens,
+            drawn(self.config.temperature, generators),
+        ))  # fmt: skip
+        if not chosen:
+            return batch
+        pairs = [
+            self._pair(sample, number, next(texts) if mine else None)
+            for sample, number, mine in zip(samples, batch.used_ids, is_chosen, strict=True)
+        ]
+        new = self.dataset.collate(pairs)
+        kept = ("sample_ids", "used_ids", "unusable_ids", "unusable", "unreadable")
+        return new._replace(
+            turns_of=tuple(len(pair.student.answers) for pair in pairs),
+            **{name: getattr(batch, name) for name in kept},
+        )
+
+    def _pair(self, sample: Sample, number: int, text: str | None) -> Pair:
+        """With the text as the last answer; as given where none is, or where it cannot be used."""
+        encode = self.dataset.encoders.encode
+        if text is not None:
+            try:
+                return encode(_answered(sample.messages, text), sample.images, number)
+            except Unusable:
+                pass
+        return encode(sample.messages, sample.images, number)
+
+
+def _answered(messages: Messages, text: str) -> Messages:
+    answered = copy.copy(messages)
+    answered[-1] = {**messages[-1], "content": [{"type": "text", "text": text.strip()}]}
+    return answered
