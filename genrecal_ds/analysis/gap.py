@@ -1,0 +1,175 @@
+"""How far students are from their teacher, row by row, and whether they listen to the question.
+
+    python -m genrecal_ds.analysis.gap TEACHER SHARDS STUDENT [STUDENT ..] --out gap.json
+
+The distance is the byte KL of objectives/byte_kd.py, which any two tokenizers and any student have,
+however it was trained: on boundary rows (the first answer token of a turn) and on all others, with
+the student's own question and with the next sample's in its place. A student whose rows go by the
+answer so far alone has the same distance with both. And the norm of that KL's gradient at the
+student's answer rows, beside that of its cross entropy. One process, no ZeRO.
+
+Shapes: M student loss rows, D student width.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from genrecal_ds.config import LossConfig
+from genrecal_ds.data.alignment import Aligner
+from genrecal_ds.data.batch import IGNORE, Alignment, PairBatch, collate
+from genrecal_ds.data.index import ShardIndex
+from genrecal_ds.data.loader import PairEncoders
+from genrecal_ds.data.pair import Pair
+from genrecal_ds.data.reader import Sample, ShardReader
+from genrecal_ds.errors import UserError
+from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.head import ReplicatedHead, load_frozen_head
+from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
+from genrecal_ds.models.vlm import TeacherBody, load_vlm
+from genrecal_ds.objectives import TeacherRows
+from genrecal_ds.objectives.byte_kd import ByteKD
+
+CPU = torch.device("cpu")
+
+
+class Subject(NamedTuple):
+    teacher: TeacherBody
+    objective: ByteKD
+    encoders: PairEncoders
+    alignment: Alignment
+
+    @classmethod
+    def load(cls, teacher: Path, student: Path) -> "Subject":
+        """Both whole, in fp32. Raises UserError for a tokenizer whose bytes cannot be told."""
+        encoders = PairEncoders(ChatEncoder(student, 1 << 20), ChatEncoder(teacher, 1 << 20))
+        models = load_vlm(teacher).eval(), load_vlm(student).eval()
+        tables, pieces = [], []
+        for encoder, model in zip((encoders.teacher, encoders.student), models, strict=True):
+            assert isinstance(encoder, ChatEncoder) and encoder.end_of_turn is not None
+            pieces.append(token_bytes(encoder.tokenizer, encoder.folder))
+            columns = model.head.out_features
+            tables.append(byte_vocabulary(pieces[-1], encoder.end_of_turn, columns, CPU))
+        head = ReplicatedHead(load_frozen_head(teacher, torch.float32, CPU))
+        objective = ByteKD(models[1], head, (tables[0], tables[1]), LossConfig())
+        alignment = Alignment(Aligner(*pieces), next_bytes=True)
+        return cls(TeacherBody(models[0]).eval(), objective, encoders, alignment)
+
+    def batch(self, pairs: list[Pair]) -> PairBatch:
+        placeholder, rules = self.encoders.placeholder(), self.encoders.vision_rules
+        return collate(pairs, placeholder, rules, False, self.alignment)
+
+
+def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, float]:
+    """Means over rows, and norms. samples: of one turn each, 2 at least."""
+    subject = Subject.load(teacher, student)
+    encode = subject.encoders.encode
+    pairs = [encode(sample.messages, sample.images) for sample in samples]
+    moved = [*samples[1:], samples[0]]
+    wrong = [
+        encode([*other.messages[:-1], own.messages[-1]], other.images)
+        for own, other in zip(samples, moved, strict=True)
+    ]
+    # The teacher reads its own question in both.
+    exchanged = [replace(a, student=b.student) for a, b in zip(pairs, wrong, strict=True)]
+    true, shuffled = (subject.batch(of) for of in (pairs, exchanged))
+    assert true.teacher is not None
+    with torch.no_grad():
+        view = true.teacher
+        rows = TeacherRows(*subject.teacher(view.inputs, view.rows_A, view.targets_N))
+        found = _by_class("kl", true, _kl(subject, true, rows)[1])
+        found |= _by_class("kl_shuffled", true, _kl(subject, shuffled, rows)[1])
+    return found | _gradient_norms(subject, true, rows)
+
+
+def _rows(subject: Subject, batch: PairBatch) -> Tensor:
+    """[M, D]"""
+    hidden_BSD = subject.objective.student.body(*batch.student.inputs)
+    return hidden_BSD.flatten(0, 1).index_select(0, batch.student.rows_M)
+
+
+def _kl(subject: Subject, batch: PairBatch, rows: TeacherRows) -> tuple[Tensor, Tensor]:
+    """(sum, by row [M])"""
+    kl_sum, kl_M, _ = subject.objective.kd(_rows(subject, batch), batch, rows)
+    return kl_sum, kl_M
+
+
+def _gradient_norms(subject: Subject, batch: PairBatch, rows: TeacherRows) -> dict[str, float]:
+    with torch.no_grad():
+        leaf_MD = _rows(subject, batch)
+    leaf_MD.requires_grad_()
+    kl_sum, _, _ = subject.objective.kd(leaf_MD, batch, rows)
+    (of_kl_MD,) = torch.autograd.grad(kl_sum, leaf_MD)
+    ones_M = torch.ones(len(leaf_MD))
+    ce_sum, _ = subject.objective.student.head(leaf_MD, batch.student.labels_M, ones_M)
+    (of_ce_MD,) = torch.autograd.grad(ce_sum, leaf_MD)
+    boundary_M = batch.student.boundary_M
+    return {
+        f"gradient/{name}_{rows_of}": float(gradient_MD[mask_M].norm()) / batch.num_student_rows
+        for name, gradient_MD in (("kl", of_kl_MD), ("student_ce", of_ce_MD))
+        for rows_of, mask_M in (("boundary", boundary_M), ("other", ~boundary_M))
+    }
+
+
+def _by_class(name: str, batch: PairBatch, values_M: Tensor) -> dict[str, float]:
+    valid_M = batch.student.labels_M != IGNORE
+    boundary_M = batch.student.boundary_M
+    return {
+        f"{name}_boundary": float(values_M[valid_M & boundary_M].mean()),
+        f"{name}_other": float(values_M[valid_M & ~boundary_M].mean()),
+    }
+
+
+def markdown(found: dict[str, dict[str, float]]) -> str:
+    lines = [
+        "| student | boundary KL | other's question | times | other rows' KL | other's question "
+        "| times | gradient, boundary | gradient, other | CE, boundary | CE, other |",
+        "|---" * 11 + "|",
+    ]
+    for name, values in found.items():
+        cells = [name]
+        for rows in ("boundary", "other"):
+            true, shuffled = values[f"kl_{rows}"], values[f"kl_shuffled_{rows}"]
+            cells += [f"{true:.3f}", f"{shuffled:.3f}", f"{shuffled / max(true, 1e-9):.1f}"]
+        keys = [
+            f"gradient/{of}_{rows}" for of in ("kl", "student_ce") for rows in ("boundary", "other")
+        ]
+        lines.append("| " + " | ".join([*cells, *(f"{values[key]:.3f}" for key in keys)]) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m genrecal_ds.analysis.gap", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("student", type=Path, nargs="+", help="model folders")
+    parser.add_argument("--samples", type=int, default=64, help="the first ones of one turn")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    try:
+        reader = ShardReader(ShardIndex.load(arguments.shards))
+        samples = [reader.read(i) for i in range(min(arguments.samples, len(reader)))]
+        samples = [s for s in samples if sum(m["role"] == "assistant" for m in s.messages) == 1]
+        if len(samples) < 2:
+            raise UserError(f"{arguments.shards}: no two samples of one turn to exchange")
+        found = {str(s): gap(arguments.teacher, s, samples) for s in arguments.student}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    print(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
