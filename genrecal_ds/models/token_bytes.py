@@ -87,5 +87,6 @@ def byte_vocabulary(
     first[tokens], first[end_of_turn] = symbols[:, 0], END
     place_of = np.full(num_logits, -1, np.int64)
     place_of[tokens] = places
-    tables = (first, np.array(tokens), place_of, symbols, low, high)
+    narrow = symbols.astype(np.int16), low.astype(np.int32), high.astype(np.int32)
+    tables = (first, np.array(tokens), place_of, *narrow)
     return ByteVocabulary(*(torch.from_numpy(table).to(device) for table in tables))

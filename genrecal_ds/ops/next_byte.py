@@ -28,8 +28,8 @@ class ByteVocabulary(NamedTuple):
     first_V: Tensor  # int64: symbol of each token's first byte; STOP for tokens without text
     token_W: Tensor  # int64: token ids, in the order of their bytes
     place_V: Tensor  # int64: where a token stands in that order, -1 for none
-    symbol_WD: Tensor  # int64: byte d of a token; STOP behind its last
-    low_WD: Tensor  # int64: the tokens that share a token's first d bytes are low up to high - 1
+    symbol_WD: Tensor  # int16: byte d of a token; STOP behind its last
+    low_WD: Tensor  # int32: the tokens that share a token's first d bytes are low up to high - 1
     high_WD: Tensor
 
 
@@ -92,12 +92,12 @@ def _at_start(logits_iV: Tensor, vocabulary: ByteVocabulary) -> Tensor:
 
 def _inside(logits_nV: Tensor, at: Boundaries, vocabulary: ByteVocabulary) -> Tensor:
     place = vocabulary.place_V[at.token]
-    low, high = (table[place, at.depth] for table in (vocabulary.low_WD, vocabulary.high_WD))
+    low, high = (table[place, at.depth].long() for table in (vocabulary.low_WD, vocabulary.high_WD))
     sizes = high - low
     item = torch.arange(len(place), device=place.device).repeat_interleave(sizes)
     first = sizes.cumsum(0) - sizes
     candidate = torch.arange(len(item), device=place.device) - first[item] + low[item]
-    symbol = vocabulary.symbol_WD[candidate, at.depth[item]]
+    symbol = vocabulary.symbol_WD[candidate, at.depth[item]].long()
     values = logits_nV[at.row[item], vocabulary.token_W[candidate]]
     highest = values.new_full((len(place),), -torch.inf)
     highest = highest.scatter_reduce(0, item, values.detach(), "amax")
