@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo ablation study test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -33,6 +33,17 @@ ablation: setup ## the paper's ablations and the baselines, after `make demo`: a
 	$(IN_VENV) .venv/bin/python launch/train.py launch/recipes/demo/twin.yaml
 	$(IN_VENV) .venv/bin/python -m genrecal_ds.ablate $(ABLATION) --jobs $(or $(JOBS),2) \
 		--grid launch/grids/demo_twin.yaml --out runs/ablation_twin
+
+# Sets of other sizes and with wrong answers, the teacher's rows of each, then both grids.
+DIGITS := .venv/bin/python -m data_tools.build digits --format digits --split train
+STUDY := .venv/bin/python -m genrecal_ds.ablate $(ABLATION) --jobs $(or $(JOBS),2)
+study: setup ## which arm beats SFT where labels are wrong or few, after `make demo`: three hours on 2 cores
+	$(IN_VENV) $(DIGITS) --num-samples 16000 --seed 2 --wrong-share 0.35 --out runs/demo/data/train_wrong
+	$(IN_VENV) $(DIGITS) --num-samples 1000 --seed 6 --out runs/demo/data/small
+	$(IN_VENV) $(DIGITS) --num-samples 1000 --seed 6 --wrong-share 0.35 --out runs/demo/data/small_wrong
+	$(foreach data,train train_wrong small small_wrong,$(IN_VENV) $(FILL) data.train=runs/demo/data/$(data) &&) true
+	$(IN_VENV) $(STUDY) --grid launch/grids/study.yaml --out runs/study
+	$(IN_VENV) $(STUDY) --grid launch/grids/study_ideas.yaml --out runs/study_ideas
 
 test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
 	.venv/bin/ruff check .
