@@ -43,6 +43,10 @@ study: setup ## which arm beats SFT where labels are wrong or few, after `make d
 	$(IN_VENV) $(DIGITS) --num-samples 1000 --seed 6 --wrong-share 0.35 --out runs/demo/data/small_wrong
 	$(foreach data,train train_wrong small small_wrong,$(IN_VENV) $(FILL) data.train=runs/demo/data/$(data) &&) true
 	$(IN_VENV) $(STUDY) --grid launch/grids/study.yaml --out runs/study
+	$(IN_VENV) .venv/bin/python -m genrecal_ds.evaluate runs/demo/teacher/learn/student \
+		runs/demo/data/train_wrong --limit 8000 --max-new-tokens 32 --out runs/study_ideas/teacher.json
+	$(IN_VENV) .venv/bin/python -m data_tools.collect_responses runs/demo/data/train_wrong \
+		runs/study_ideas/teacher.predictions.jsonl --min-score 0 --out runs/demo/data/teacher_answers
 	$(IN_VENV) $(STUDY) --grid launch/grids/study_ideas.yaml --out runs/study_ideas
 
 test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)

@@ -14,7 +14,9 @@ from genrecal_ds.ops.next_byte import END, STOP, ByteVocabulary
 MOST_BYTES = 32  # of a token; boundaries further inside one are left out
 
 # Plain text that every tokenizer writes as it is, but for a blank in front: normalised, lower case.
-PROBES = ("3 plus 8 is eleven,  it's 2024\n", "na\u00efve caf\u00e9", "\u4e2d\u6587 \U0001f600")
+PROBES = (
+    "3 plus 8 is eleven", "a  b, it's 2024\n", "na\u00efve caf\u00e9", "\u4e2d\u6587 \U0001f600"
+)  # fmt: skip
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes | None]:

@@ -1,0 +1,114 @@
+"""What byte alignment costs: megabytes of text a second on one core, and the next-byte KL beside
+the head's product and cross entropy.
+
+    python -m benchmarks.byte_alignment [--rounds 7] [--out FILE]
+
+Text is random letters; both sides split it into pieces of 1 to 8 bytes, each in its own way.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.race import Contestants, device_facts, race, spread
+from genrecal_ds.data.alignment import align_bytes, align_rows
+from genrecal_ds.models.token_bytes import byte_vocabulary
+from genrecal_ds.ops.next_byte import Boundaries, next_byte_kl, next_byte_log_mass
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
+MEGABYTE = 10**6
+LETTERS = b"etaoinshrdlucmfwypvbgkjqxz"
+VOCABULARY, WIDTH, ROWS = (150_000, 3584, 2048) if ON_CUDA else (50_000, 1024, 128)
+
+
+def split(text: bytes, draw: random.Random) -> list[bytes | None]:
+    pieces: list[bytes | None] = []
+    start = 0
+    while start < len(text):
+        end = start + draw.randint(1, 8)
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, None]
+
+
+def alignment_race(length: int, rounds: int) -> dict[str, dict]:
+    """Of answers of so many bytes; on the CPU whatever the device is."""
+    draw = random.Random(0)
+    texts = [
+        bytes(draw.choices(LETTERS + b" ", k=length)) for _ in range(max(1, 200_000 // length))
+    ]
+    pairs = [(split(text, draw), split(text, draw)) for text in texts]
+
+    def run(align: Callable) -> float:
+        start = time.perf_counter()
+        for pair in pairs:
+            align(*pair)
+        return len(texts) * length / MEGABYTE / (time.perf_counter() - start)
+
+    contestants = {"rows": align_rows, "next bytes": align_bytes}
+    speeds = {name: [run(align) for _ in range(rounds)] for name, align in contestants.items()}
+    return {name: {"mb_per_s": spread(of)} for name, of in speeds.items()}
+
+
+def vocabulary_of(size: int) -> list[bytes | None]:
+    """All bytes, words with a blank in front and without, and an end of turn."""
+    draw = random.Random(0)
+    words = {bytes([byte]) for byte in range(256)}
+    while len(words) < size - 1:
+        word = bytes(draw.choices(LETTERS, k=draw.randint(1, 8)))
+        words.add(b" " + word if draw.random() < 0.6 else word)
+    return [*sorted(words), None]
+
+
+def loss_contestants() -> Contestants:
+    pieces = vocabulary_of(VOCABULARY)
+    tables = byte_vocabulary(pieces, VOCABULARY - 1, VOCABULARY, DEVICE)
+    draw = random.Random(1)
+    tokens = [draw.randrange(VOCABULARY - 1) for _ in range(ROWS)]
+    places = [(row, t, d) for row, t in enumerate(tokens) for d in range(len(pieces[t] or b""))]
+    at = Boundaries(*torch.tensor(places, device=DEVICE).T)
+    logits = torch.randn(ROWS, VOCABULARY, device=DEVICE, requires_grad=True)
+    with torch.no_grad():
+        theirs = next_byte_log_mass(torch.randn_like(logits), at, tables)
+    rows, weight = (torch.randn(n, WIDTH, device=DEVICE) for n in (ROWS, VOCABULARY))
+    labels = torch.tensor(tokens, device=DEVICE)
+    return {
+        "head's product": lambda: rows @ weight.T,
+        "cross entropy": lambda: cross_entropy(logits, labels).backward(),
+        "next-byte KL": lambda: next_byte_kl(
+            theirs, next_byte_log_mass(logits, at, tables)
+        ).sum().backward(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.byte_alignment", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    result = {
+        "date": date.today().isoformat(),
+        **device_facts(),
+        "alignment": {n: alignment_race(n, arguments.rounds) for n in (50, 400, 4000)},
+        "loss": race(loss_contestants(), arguments.rounds, "head's product"),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The bytes of tokens, for every kind of tokenizer; alignment of two against their offsets."""
+
+import itertools
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from genrecal_ds.data.alignment import align_bytes, align_rows
+from genrecal_ds.errors import UserError
+from genrecal_ds.models.processors import load_tokenizer
+from genrecal_ds.models.token_bytes import token_bytes
+from tests.unit.models.test_slow_tokenizers import slow_folder
+from tests.unit.models.test_tokenizers import ids_of, sentences
+from tests.zoo.tokenizers import END, KINDS
+
+pytestmark = pytest.mark.unit
+# Characters of several bytes, decomposed ones, characters no training text had.
+TEXTS = [text.strip() for text in sentences(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(zoo):
+    """kind -> (tokenizer, its pieces)."""
+    found = {}
+    for kind in KINDS:
+        folder = zoo("llama", kind)
+        tokenizer = load_tokenizer(folder)
+        found[kind] = tokenizer, token_bytes(tokenizer, folder)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_spell_the_text(tokenizers, kind):
+    tokenizer, pieces = tokenizers[kind]
+    spelt = 0
+    for text in TEXTS:
+        ids = ids_of(tokenizer, text)
+        if tokenizer.unk_token_id in ids:
+            continue
+        said = b"".join(pieces[token] for token in ids)
+        assert said.removeprefix(b" ") == text.encode(), text
+        spelt += 1
+    assert spelt > 20
+    for token in (END, "<|user|>"):
+        assert pieces[tokenizer.convert_tokens_to_ids(token)] is None
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_pieces_of_a_slow_tokenizer(zoo, tmp_path, legacy):
+    folder = slow_folder(zoo("llama"), tmp_path / "model", "unigram", legacy=legacy)
+    tokenizer = load_tokenizer(folder)
+    pieces = token_bytes(tokenizer, folder)
+    for text in TEXTS[:20]:
+        said = b"".join(pieces[token] or b"" for token in ids_of(tokenizer, text))
+        assert said.removeprefix(b" ") == text.encode()
+
+
+def ends_of(tokenizer, text):
+    """Characters that each token ends behind, and whether one shares its last character."""
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ends = [end for _, end in spans]
+    is_inside = [end == later for end, later in itertools.pairwise(ends)] + [False]
+    return ends, is_inside
+
+
+@pytest.mark.parametrize("kinds", list(itertools.permutations(KINDS, 2)))
+def test_alignment_meets_where_the_offsets_do(tokenizers, kinds):
+    """By the tokenizers' own character offsets: nothing of ours."""
+    (teacher, theirs), (student, ours) = (tokenizers[kind] for kind in kinds)
+    met = 0
+    for text in TEXTS:
+        ids = [ids_of(tokenizer, text) for tokenizer in (teacher, student)]
+        if teacher.unk_token_id in ids[0] or student.unk_token_id in ids[1]:
+            continue
+        sides = [[p[t] for t in i] + [None] for p, i in zip((theirs, ours), ids, strict=True)]
+        rows = align_rows(*sides)
+        (ends, inside), (own_ends, own_inside) = (ends_of(t, text) for t in (teacher, student))
+        whole = {end for end, part in zip(own_ends, own_inside, strict=True) if not part}
+        for i, end in enumerate(ends):
+            if not inside[i] and rows.student_n[i] >= 0:
+                assert rows.is_exact_n[i] == (end in whole), (text, i)
+                row = rows.student_n[i]
+                assert own_ends[row] <= end
+                met += bool(rows.is_exact_n[i])
+        found = align_bytes(*sides)
+        assert len(found.student_I) == len(text.encode()) + 1  # every byte, and the end
+        assert (np.diff(found.teacher_I) >= 0).all()
+    assert met > 100
+
+
+def test_what_cannot_be_spelt_is_refused(tmp_path):
+    """Pieces of the BERT kind do not say where blanks were."""
+    words = ["[UNK]", "3", "plus", "8", "is", "ele", "##ven", ",", "it", "'", "s", "2024"]
+    model = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="[UNK]")
+    with pytest.raises(UserError, match="cannot tell the bytes of its tokens") as error:
+        token_bytes(tokenizer, tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
