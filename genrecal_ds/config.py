@@ -67,6 +67,8 @@ class TeacherSource(ModelSource):
     # a folder for its rows: align writes them, distill reads them in place of running it
     cache: Path | None = None
     cache_rows: Literal["exact", "int8"] = "exact"  # int8: half of bf16's bytes, rounded
+    # among several teachers: the share of its terms is its weight over the sum of all weights
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     # whose output the Recalibrator reads, counted from 1; default: the last, behind its norm (the
     # paper). What it learns to predict is the last's in any case
     answer_layer: int | None = Field(None, gt=0)
@@ -258,6 +260,10 @@ class StageConfig(Section):
     def needs_teacher(self) -> bool:
         return self.has_recalibrator or self.needs_logits or self.kind == "dskd"
 
+    @property
+    def takes_several_teachers(self) -> bool:
+        return self.has_recalibrator or self.kind == "byte_kd" or not self.needs_teacher
+
 
 class DeepSpeedConfig(Section):
     """Names of files in ds_configs/ (without .json), or paths to your own."""
@@ -305,6 +311,8 @@ class Recipe(Section):
     resume: str = Field("auto", pattern=r"^(auto|latest|never|new_data|step-\d{8})$")
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
     teacher: TeacherSource | None = None
+    # beside it in align, distill and byte_kd, each with a Recalibrator of its own; not the paper's
+    more_teachers: tuple[TeacherSource, ...] = ()
     # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
     teacher_head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     student: StudentSource
@@ -354,6 +362,7 @@ class Recipe(Section):
             )
         if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
             raise ValueError("teacher.path and student.path are the same folder; name two models")
+        self._refuse_of_several_teachers()
         if self.log.evaluate_every and not self.data.validation:
             raise ValueError("log.evaluate_every: needs data.validation, shards to answer")
         if self.profile:
@@ -361,6 +370,42 @@ class Recipe(Section):
             if first >= last:
                 raise ValueError("profile: a:b needs a < b")
         return self
+
+    def _refuse_of_several_teachers(self) -> None:
+        if not self.more_teachers:
+            return
+        if self.teacher is None:
+            raise ValueError("more_teachers: stand beside teacher; name the first one there")
+        folders = [self.student.path.resolve()]
+        for key, source in self.teacher_sources.items():
+            if source.path.resolve() in folders:
+                raise ValueError(f"{key}.path: {source.path} is named twice; name another model")
+            folders.append(source.path.resolve())
+            if source.cache:
+                raise ValueError(f"{key}.cache: holds the rows of one teacher alone; leave it out")
+            if source.forward_batches != 1:
+                raise ValueError(f"{key}.forward_batches: must be 1 where there are more_teachers")
+        for stage in self.stages:
+            if not stage.takes_several_teachers:
+                raise ValueError(
+                    f"stages.{stage.name}: {stage.kind} has one teacher; leave out more_teachers"
+                )
+
+    @property
+    def teacher_sources(self) -> dict[str, TeacherSource]:
+        """All teachers by their key, the first one first."""
+        first = {"teacher": self.teacher} if self.teacher else {}
+        return first | {f"more_teachers.{k}": s for k, s in enumerate(self.more_teachers)}
+
+    @property
+    def teachers(self) -> tuple[TeacherSource, ...]:
+        return tuple(self.teacher_sources.values())
+
+    @property
+    def teacher_shares(self) -> tuple[float, ...]:
+        """Of each teacher's terms in the loss; their sum is 1."""
+        weights = [source.weight for source in self.teachers]
+        return tuple(weight / sum(weights) for weight in weights)
 
     def micro_batch(self, stage: StageConfig) -> int:
         return stage.micro_batch or self.batch.micro_batch
@@ -386,9 +431,12 @@ class Recipe(Section):
 
     @property
     def teacher_ds_config(self) -> str:
-        """The teacher's file of ds_configs/."""
+        """The first teacher's file of ds_configs/."""
         assert self.teacher is not None
-        offload = "_offload" if self.teacher.placement == "zero3_offload" else ""
+        return self.ds_config_of(self.teacher)
+
+    def ds_config_of(self, teacher: TeacherSource) -> str:
+        offload = "_offload" if teacher.placement == "zero3_offload" else ""
         return self.deepspeed.teacher or f"teacher_zero3{offload}"
 
     def reads_cache(self, stage: StageConfig) -> bool:
@@ -419,8 +467,8 @@ class Recipe(Section):
 def check_folders(recipe: Recipe) -> None:
     """Refuse missing model and data folders before anything heavy is imported."""
     sources = {"student.path": recipe.student.path}
-    if recipe.teacher and any(stage.needs_teacher for stage in recipe.stages):
-        sources["teacher.path"] = recipe.teacher.path
+    if any(stage.needs_teacher for stage in recipe.stages):
+        sources |= {f"{key}.path": source.path for key, source in recipe.teacher_sources.items()}
     for key, folder in sources.items():
         if not (folder / "config.json").is_file():
             raise UserError(f"{key}: {folder} has no config.json; name a Hugging Face model folder")

@@ -41,6 +41,13 @@ class Report:
         ):
             self.means[name + suffix] = ((values_N * rows_N).sum(), rows_N.sum().float())
 
+    def under(self, prefix: str) -> "Report":
+        """The same under longer names."""
+        return Report(
+            {prefix + name: value for name, value in self.means.items()},
+            {prefix + name: value for name, value in self.norms.items()},
+        )
+
     def __add__(self, other: "Report") -> "Report":
         means = dict(self.means)
         for name, (total, count) in other.means.items():

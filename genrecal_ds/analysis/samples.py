@@ -57,8 +57,7 @@ def look_at(index: ShardIndex, encoders: PairEncoders, most: int) -> list[Look]:
         except Unusable as error:
             look.reason, look.ends_the_run = str(error), isinstance(error, TooLong)
             continue
-        views = {"teacher": pair.teacher, "student": pair.student}
-        look.taught = {side: view for side, view in views.items() if view is not None}
+        look.taught = dict(zip(encoders.by_side, pair.sides, strict=True))
         look.is_truncated = pair.is_truncated
     return looks
 

@@ -9,6 +9,7 @@ loss rows of turn k are the last row of q_k, then the rows of a_k but its last. 
 all tokens of a_k. The first of them is the BOUNDARY row, the only one that hears the student.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +29,11 @@ class Alignment(NamedTuple):
     aligner: Aligner
     answers: Literal["teacher", "student", "both"] = "teacher"  # whose rows a pass reads
     next_bytes: bool = False
+    more: tuple[Aligner, ...] = ()  # of further teachers
+
+    def seen_by(self, teacher: int) -> "Alignment":
+        """0 is the first teacher."""
+        return self._replace(aligner=self.more[teacher - 1], more=()) if teacher else self
 
 
 class SideBatch(NamedTuple):
@@ -69,6 +75,14 @@ class SharedBytes(NamedTuple):
     teacher_depth_I: Tensor
 
 
+class TeacherView(NamedTuple):
+    """What a further teacher sees of a micro-batch; fields as PairBatch has them."""
+
+    teacher: TeacherBatch
+    num_teacher_rows: int
+    shared_bytes: SharedBytes | None
+
+
 class PairBatch(NamedTuple):
     """One micro-batch. Counts are of real rows only; they normalise the step's loss."""
 
@@ -85,6 +99,11 @@ class PairBatch(NamedTuple):
     unusable: tuple[str, ...] = ()  # reasons of samples that this pair cannot learn from
     unreadable: tuple[str, ...] = ()  # damaged ones, by shard and key
     shared_bytes: SharedBytes | None = None
+    more: tuple[TeacherView, ...] = ()  # of further teachers, in order
+
+    def seen_by(self, teacher: int) -> "PairBatch":
+        """The same micro-batch beside this teacher; 0 is the first."""
+        return self._replace(**self.more[teacher - 1]._asdict()) if teacher else self
 
 
 def collate(
@@ -93,10 +112,12 @@ def collate(
     vision_rules: tuple[dict[str, str] | None, dict[str, str]],
     with_regular: bool,
     alignment: Alignment | None = None,
+    more_rules: Sequence[dict[str, str]] = (),
 ) -> PairBatch:
     """A micro-batch of any composition that calls the same modules on every rank.
 
-    vision_rules: (teacher's, student's), key -> a rule of models/families.py.
+    vision_rules: (teacher's, student's), key -> a rule of models/families.py; more_rules: of
+    further teachers.
     Without a picture (or a sample) the placeholder joins, with labels that teach nothing:
     a rank whose vision tower stays silent leaves the others waiting in its all-gather. A pair of
     which one side reads text only has no picture anywhere, the placeholder included.
@@ -105,22 +126,22 @@ def collate(
     if not pairs or (placeholder.student.vision and not has_picture):
         pairs = [*pairs, placeholder]
     student = _student_batch(pairs, vision_rules[1])
-    teacher = None
+    views = []
     if placeholder.teacher is not None:
-        inputs = pad_side([p.teacher for p in pairs if p.teacher], vision_rules[0] or {})
         width = student.inputs.input_ids.shape[1]
-        teacher = _teacher_batch(pairs, inputs, width, with_regular, alignment)
-    shared = None
-    if alignment and alignment.next_bytes:
-        shared = _shared_bytes(pairs, alignment.aligner)
+        for k, rules in enumerate([vision_rules[0] or {}, *more_rules]):
+            seen = [pair.seen_by(k) for pair in pairs]
+            own = alignment and alignment.seen_by(k)
+            views.append(_teacher_view(seen, rules, width, with_regular, own))
     return PairBatch(
         student,
-        teacher,
+        views[0].teacher if views else None,
         num_samples=sum(not pair.is_placeholder for pair in pairs),
         num_student_rows=int((student.labels_M != IGNORE).sum()),
-        num_teacher_rows=int((teacher.labels_N != IGNORE).sum()) if teacher else 0,
+        num_teacher_rows=views[0].num_teacher_rows if views else 0,
         num_truncated=sum(pair.is_truncated for pair in pairs),
-        shared_bytes=shared,
+        shared_bytes=views[0].shared_bytes if views else None,
+        more=tuple(views[1:]),
     )
 
 
@@ -176,6 +197,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, tuple | list):  # a loader that pins memory makes lists of plain tuples
+        return tuple(to_device(value, device) for value in batch)
     return batch
 
 
@@ -183,6 +206,22 @@ def _student_batch(pairs: list[Pair], rules: dict[str, str]) -> StudentBatch:
     inputs = pad_side([pair.student for pair in pairs], rules)
     rows, labels, boundary = _loss_rows(pairs, [p.student for p in pairs], inputs)
     return StudentBatch(inputs, rows, labels, boundary)
+
+
+def _teacher_view(
+    pairs: list[Pair],
+    rules: dict[str, str],
+    student_width: int,
+    with_regular: bool,
+    alignment: Alignment | None,
+) -> TeacherView:
+    """Of pairs seen by one teacher."""
+    inputs = pad_side([pair.teacher for pair in pairs if pair.teacher], rules)
+    teacher = _teacher_batch(pairs, inputs, student_width, with_regular, alignment)
+    shared = None
+    if alignment and alignment.next_bytes:
+        shared = _shared_bytes(pairs, alignment.aligner)
+    return TeacherView(teacher, int((teacher.labels_N != IGNORE).sum()), shared)
 
 
 def _teacher_batch(

@@ -31,6 +31,7 @@ from genrecal_ds.data.pair import (
     Unusable,
     encode_pair,
     first_turns,
+    side_of,
 )
 from genrecal_ds.data.plan import PADDING, GivenSamples, StepPlan
 from genrecal_ds.data.reader import BadSample, ShardReader
@@ -47,11 +48,16 @@ class PairEncoders:
     student: Encoder
     teacher: Encoder | None = None
     too_long: LongPolicy = "drop"
+    more: tuple[Encoder, ...] = ()  # of further teachers
+
+    @property
+    def teachers(self) -> tuple[Encoder, ...]:
+        return () if self.teacher is None else (self.teacher, *self.more)
 
     @property
     def by_side(self) -> dict[str, Encoder]:
-        student = {"student": self.student}
-        return student if self.teacher is None else {"teacher": self.teacher, **student}
+        teachers = {side_of(k): encoder for k, encoder in enumerate(self.teachers)}
+        return {**teachers, "student": self.student}
 
     def encode(self, messages: list, images: list[Image.Image], number: int = PADDING) -> Pair:
         """number: the sample's, for those that keep something of it."""
@@ -61,8 +67,13 @@ class PairEncoders:
     def vision_rules(self) -> tuple[dict[str, str] | None, dict[str, str]]:
         return (self.teacher.vision_rules if self.teacher else None), self.student.vision_rules
 
+    @property
+    def more_rules(self) -> tuple[dict[str, str], ...]:
+        """As vision_rules, of further teachers."""
+        return tuple(encoder.vision_rules for encoder in self.more)
+
     def placeholder(self) -> Pair:
-        """A conversation that teaches nothing, about a grey picture where both models see; see
+        """A conversation that teaches nothing, about a grey picture where all models see; see
         batch.collate."""
         has_picture = all(encoder.reads_images for encoder in self.by_side.values())
         images = [Image.new("RGB", (56, 56), (128, 128, 128))] if has_picture else []
@@ -73,7 +84,7 @@ class PairEncoders:
             {"role": "assistant", "content": answer},
         ]
         pair = encode_pair(messages, images, self.by_side, self.too_long)
-        return Pair(pair.teacher, pair.student, is_placeholder=True)
+        return replace(pair, is_placeholder=True, is_truncated=False)
 
 
 @dataclass(frozen=True)
@@ -157,9 +168,11 @@ class PairDataset(Dataset):
         )  # fmt: skip
 
     def collate(self, pairs: list[Pair]) -> PairBatch:
+        encoders = self.encoders
         return collate(
-            pairs, self.placeholder, self.encoders.vision_rules, self.with_regular, self.alignment
-        )
+            pairs, self.placeholder, encoders.vision_rules, self.with_regular, self.alignment,
+            encoders.more_rules,
+        )  # fmt: skip
 
 
 def micro_batches(

@@ -1,5 +1,7 @@
 """One sample, tokenised twice: the teacher's and the student's view of the same conversation.
 
+Where there are several teachers it is once more for each: every rule is that of all sides.
+
 Tokenisation is injected (`Encoder`), so this room knows no model. The rules that both sides
 must obey together live here: same turns, same truncation, no empty question.
 """
@@ -74,13 +76,25 @@ class Pair:
     student: EncodedChat
     is_placeholder: bool = False
     is_truncated: bool = False  # turns or question text were left out to fit max_length
+    more: tuple[EncodedChat, ...] = ()  # views of further teachers, in order
 
     @property
     def sides(self) -> tuple[EncodedChat, ...]:
-        return (self.student,) if self.teacher is None else (self.teacher, self.student)
+        return (self.student,) if self.teacher is None else (self.teacher, *self.more, self.student)
+
+    def seen_by(self, teacher: int) -> "Pair":
+        """The student beside this teacher alone; 0 is the first."""
+        view = self.more[teacher - 1] if teacher else self.teacher
+        return replace(self, teacher=view, more=())
 
 
-Encoders = dict[str, Encoder]  # by side, `teacher` and `student`, or `student` alone
+# By side: `teacher` and `student`, or `student` alone; further teachers are `teacher 2`, ...
+Encoders = dict[str, Encoder]
+
+
+def side_of(teacher: int) -> str:
+    """Its name; 0 is the first teacher."""
+    return f"teacher {teacher + 1}" if teacher else "teacher"
 
 
 def encode_pair(
@@ -96,7 +110,7 @@ def encode_pair(
     views = _views(messages, images, encoders)
     turns = len(views["student"].answers)
     if _fitting_turns(views, encoders) == turns:
-        return Pair(views.get("teacher"), views["student"])
+        return _pair(views)
     if too_long == "error":
         sizes = ", ".join(
             f"{side} {len(view.input_ids_T)} of {encoders[side].max_length}"
@@ -106,14 +120,18 @@ def encode_pair(
     if too_long == "truncate_question":
         shorter = _shorten_questions(messages, images, encoders)
         if shorter is not None:
-            return Pair(shorter.get("teacher"), shorter["student"], is_truncated=True)
+            return _pair(shorter, is_truncated=True)
     num_turns = _fitting_turns(views, encoders)
     if num_turns == 0:
         raise Unusable("longer than max_length")
     if _has_image(_after_turns(messages, num_turns)):
         raise Unusable("max_length would cut an image off")
-    views = {side: view.cut(num_turns) for side, view in views.items()}
-    return Pair(views.get("teacher"), views["student"], is_truncated=True)
+    return _pair({side: view.cut(num_turns) for side, view in views.items()}, is_truncated=True)
+
+
+def _pair(views: dict[str, EncodedChat], is_truncated: bool = False) -> Pair:
+    more = (view for side, view in views.items() if side not in ("teacher", "student"))
+    return Pair(views.get("teacher"), views["student"], is_truncated=is_truncated, more=tuple(more))
 
 
 def _views(messages: Messages, images: list[Image], encoders: Encoders) -> dict[str, EncodedChat]:

@@ -2,7 +2,8 @@
 
 An objective is an nn.Module with
     forward(batch, teacher_rows, totals, probe) -> (loss, Report)
-where loss is already divided by the whole step's totals (token-exact mean).
+where loss is already divided by the whole step's totals (token-exact mean). Where there are
+several teachers, teacher_rows is a tuple of theirs (several_teachers.py).
 """
 
 from typing import NamedTuple
@@ -15,6 +16,11 @@ class Totals(NamedTuple):
 
     teacher_rows: float
     student_rows: float
+    more_rows: tuple[float, ...] = ()  # as teacher_rows, of further teachers
+
+    def seen_by(self, teacher: int) -> "Totals":
+        """Those of this teacher; 0 is the first."""
+        return self._replace(teacher_rows=self.more_rows[teacher - 1]) if teacher else self
 
 
 class TeacherRows(NamedTuple):

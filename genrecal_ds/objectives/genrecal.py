@@ -50,28 +50,64 @@ class GenRecal(nn.Module):
         self, batch: PairBatch, teacher_rows: TeacherRows, totals: Totals, probe: bool = False
     ) -> tuple[Tensor, Report]:
         """(loss, Report). probe adds the student's gradient norm per term to the report."""
-        assert batch.teacher is not None
         report = Report()
-        inputs_AH = self.answers(teacher_rows.inputs_AH, batch.teacher, self.training)
-        teacher_rows = teacher_rows._replace(inputs_AH=inputs_AH)
+        teacher_rows = self.answered(batch, teacher_rows)
         with self.clock.phase("student"):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_student):
                 hidden_BSD = self.student.body(*batch.student.inputs)
+        loss = self.teacher_loss(hidden_BSD, batch, teacher_rows, totals, report)
+        if self.trains_student:
+            loss = loss + self.student_loss(hidden_BSD, batch, totals, report)
+        if probe:
+            self.probe(hidden_BSD, batch, teacher_rows, totals, report)
+        return loss, report
+
+    def answered(self, batch: PairBatch, teacher_rows: TeacherRows) -> TeacherRows:
+        """With the answer rows that the passes read; draws what is random about them."""
+        assert batch.teacher is not None
+        inputs_AH = self.answers(teacher_rows.inputs_AH, batch.teacher, self.training)
+        return teacher_rows._replace(inputs_AH=inputs_AH)
+
+    def teacher_loss(
+        self,
+        hidden_BSD: Tensor,
+        batch: PairBatch,
+        teacher_rows: TeacherRows,
+        totals: Totals,
+        report: Report,
+    ) -> Tensor:
+        """The teacher's terms for hidden states of the student; teacher_rows as answered."""
+        assert batch.teacher is not None
         with self.clock.phase("recalibrator"):
             rows_KNH = self._recalibrate(hidden_BSD, batch.teacher, teacher_rows)
         with self.clock.phase("head"):
-            loss = self._teacher_terms(rows_KNH, batch.teacher, teacher_rows, totals, report)
-            if self.trains_student and self.losses.student_ce:
-                loss = loss + self._student_term(hidden_BSD, batch, totals, report)
+            return self._teacher_terms(rows_KNH, batch.teacher, teacher_rows, totals, report)
+
+    def student_loss(
+        self, hidden_BSD: Tensor, batch: PairBatch, totals: Totals, report: Report
+    ) -> Tensor:
+        """The student's own term, of a student that trains."""
+        # ZeRO-3 adds to a STALE gradient when a parameter first gets one late in a window;
+        # this keeps the whole body in every micro-step's graph, whatever the terms are.
+        loss = 0.0 * hidden_BSD.sum()
+        if self.losses.student_ce:
+            with self.clock.phase("head"):
+                loss = self._student_term(hidden_BSD, batch, totals, report) + loss
+        return loss
+
+    def probe(
+        self,
+        hidden_BSD: Tensor,
+        batch: PairBatch,
+        teacher_rows: TeacherRows,
+        totals: Totals,
+        report: Report,
+    ) -> None:
+        """Adds to the report what each class of rows learns, and from where."""
+        assert batch.teacher is not None
+        self._probe_questions(hidden_BSD, batch.teacher, teacher_rows, report)
         if self.trains_student:
-            # ZeRO-3 adds to a STALE gradient when a parameter first gets one late in a window;
-            # this keeps the whole body in every micro-step's graph, whatever the terms are.
-            loss = loss + 0.0 * hidden_BSD.sum()
-        if probe:
-            self._probe_questions(hidden_BSD, batch.teacher, teacher_rows, report)
-        if probe and self.trains_student:
             self._probe_gradients(hidden_BSD, batch, teacher_rows, totals, report)
-        return loss, report
 
     def _recalibrate(
         self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows

@@ -33,6 +33,8 @@ CHUNK_ROWS = 256
 class StudentKD(nn.Module):
     """Owns the student. The teacher's head is plain tensors, frozen (models/head.py)."""
 
+    trains_student = True
+
     def __init__(self, student: VLM, losses: LossConfig, clock: Clock | None = None):
         super().__init__()
         self.student, self.losses, self.clock = student, losses, clock or Clock()
@@ -40,17 +42,54 @@ class StudentKD(nn.Module):
     def forward(
         self, batch: PairBatch, teacher_rows: TeacherRows, totals: Totals, probe: bool = False
     ) -> tuple[Tensor, Report]:
-        report, student = Report(), batch.student
+        report = Report()
         with self.clock.phase("student"):
-            hidden_BSD = self.student.body(*student.inputs)
+            hidden_BSD = self.student.body(*batch.student.inputs)
         with self.clock.phase("head"):
-            ce_sum, ce_M = student_ce(self.student, hidden_BSD, student, self.losses)
-            valid_M = student.labels_M != IGNORE
-            report.add_rows("student_ce", ce_M, student.boundary_M, valid_M)
-            rows_MD = hidden_BSD.flatten(0, 1).index_select(0, student.rows_M)
-            kd_sum, kd_M, is_taught_M = self.kd(rows_MD, batch, teacher_rows)
-            report.add_rows("kd", kd_M, student.boundary_M, is_taught_M)
+            ce_sum = self.ce_sum(hidden_BSD, batch, report)
+            kd_sum = self.kd_sum(hidden_BSD, batch, teacher_rows, report)
         return (ce_sum + self.losses.kl * kd_sum) / totals.student_rows, report
+
+    def ce_sum(self, hidden_BSD: Tensor, batch: PairBatch, report: Report) -> Tensor:
+        student = batch.student
+        ce_sum, ce_M = student_ce(self.student, hidden_BSD, student, self.losses)
+        valid_M = student.labels_M != IGNORE
+        report.add_rows("student_ce", ce_M, student.boundary_M, valid_M)
+        return ce_sum
+
+    def kd_sum(
+        self, hidden_BSD: Tensor, batch: PairBatch, teacher_rows: TeacherRows, report: Report
+    ) -> Tensor:
+        rows_MD = hidden_BSD.flatten(0, 1).index_select(0, batch.student.rows_M)
+        kd_sum, kd_M, is_taught_M = self.kd(rows_MD, batch, teacher_rows)
+        report.add_rows("kd", kd_M, batch.student.boundary_M, is_taught_M)
+        return kd_sum
+
+    # What several_teachers.py asks of a part.
+
+    def answered(self, batch: PairBatch, teacher_rows: TeacherRows) -> TeacherRows:
+        return teacher_rows
+
+    def teacher_loss(
+        self,
+        hidden_BSD: Tensor,
+        batch: PairBatch,
+        teacher_rows: TeacherRows,
+        totals: Totals,
+        report: Report,
+    ) -> Tensor:
+        with self.clock.phase("head"):
+            kd_sum = self.kd_sum(hidden_BSD, batch, teacher_rows, report)
+        return self.losses.kl * kd_sum / totals.student_rows
+
+    def student_loss(
+        self, hidden_BSD: Tensor, batch: PairBatch, totals: Totals, report: Report
+    ) -> Tensor:
+        with self.clock.phase("head"):
+            return self.ce_sum(hidden_BSD, batch, report) / totals.student_rows
+
+    def probe(self, *_: object) -> None:
+        """These have no probes."""
 
     @abstractmethod
     def kd(

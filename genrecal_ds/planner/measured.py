@@ -53,6 +53,8 @@ def read(stage: Path) -> Measured:
     kind = next((s for s in recipe.stages if s.name == stage.name), None)
     if kind is None:
         raise UserError(f"{stage}: {recipe_file} has no stage of that name")
+    if recipe.more_teachers and kind.needs_teacher:
+        raise UserError(f"{stage}: has several teachers, and the arithmetic counts one")
     # The last step holds the validation; an incomplete batch is no step like others.
     lines = [json.loads(line) for line in log.read_text().splitlines()][WARM_UP:-1]
     lines = [line for line in lines if line["batch_share"] == 1]

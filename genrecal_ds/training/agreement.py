@@ -28,6 +28,7 @@ class Agreed(NamedTuple):
     sample_counts: list[float]
     stop: bool
     batch: int  # digest of the samples that the ranks read
+    more_rows: tuple[float, ...] = ()  # as teacher_rows, of further teachers
 
 
 class CallMismatch(RuntimeError):
@@ -44,6 +45,10 @@ def agree(
     schedule = calls(micro)
     code = zlib.crc32(f"{step} {schedule}".encode()) >> (32 - _SCHEDULE_BITS)
     ids = [sample for batch in micro for sample in batch.sample_ids]
+    more_rows = [
+        sum(view.num_teacher_rows for view in views)
+        for views in zip(*(batch.more for batch in micro), strict=True)
+    ]
     numbers = [
         sum(batch.num_teacher_rows for batch in micro),
         sum(batch.num_student_rows for batch in micro),
@@ -51,22 +56,26 @@ def agree(
         batch_digest(ids),
         code,
         code * code,
+        *more_rows,
         *sample_counts,
     ]
     flat = dist.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=dist.device()))
-    teacher, student, stop, digest, codes, squares, *counts = flat.tolist()
+    teacher, student, stop, digest, codes, squares, *rest = flat.tolist()
+    more, counts = rest[: len(more_rows)], rest[len(more_rows) :]
     # Equal codes, and only those, make the mean of squares the square of the mean.
     if squares * dist.world_size() != codes * codes:
         raise CallMismatch(_differences(step, schedule))
-    return Agreed(teacher, student, counts, stop > 0, int(digest))
+    return Agreed(teacher, student, counts, stop > 0, int(digest), tuple(more))
 
 
 def calls(micro: Sequence[PairBatch]) -> str:
     """The modules that a rank's micro-batches will call, as a readable line."""
     sides = (
-        f"{_inputs(batch.teacher.inputs)}>{_inputs(batch.student.inputs)}"
-        if batch.teacher
-        else _inputs(batch.student.inputs)
+        ">".join(
+            _inputs(side.inputs)
+            for side in (batch.teacher, *(view.teacher for view in batch.more), batch.student)
+            if side
+        )
         for batch in micro
     )
     return f"{len(micro)} micro-batches: " + ", ".join(sides)

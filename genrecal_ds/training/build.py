@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig, load_ds_config
-from genrecal_ds.data.alignment import Aligner
-from genrecal_ds.data.batch import Alignment, PairBatch
+from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
@@ -27,24 +25,9 @@ from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.export import write_student
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_embedding, place_frozen_head
 from genrecal_ds.models.lora import merged
-from genrecal_ds.models.recalibrator import (
-    load_recalibrator,
-    save_recalibrator,
-)
-from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
+from genrecal_ds.models.recalibrator import save_recalibrator
 from genrecal_ds.models.vlm import VLM
-from genrecal_ds.objectives.answer_inputs import AnswerInputs
-from genrecal_ds.objectives.byte_kd import ByteKD
-from genrecal_ds.objectives.dskd import ProjectedKD
-from genrecal_ds.objectives.genrecal import GenRecal
-from genrecal_ds.objectives.logit_kd import divergence
-from genrecal_ds.objectives.mot import MultiLevelOT
-from genrecal_ds.objectives.supervised import Supervised
-from genrecal_ds.objectives.token_kd import TokenKD
-from genrecal_ds.objectives.uld import sorted_distance
-from genrecal_ds.ops.next_byte import ByteVocabulary
 from genrecal_ds.training.answers import InLoopScores
 from genrecal_ds.training.engine import (
     StudentEngine,
@@ -52,6 +35,7 @@ from genrecal_ds.training.engine import (
     monitor_config,
 )
 from genrecal_ds.training.inputs import Inputs
+from genrecal_ds.training.objective import alignment_of, build_objective
 from genrecal_ds.training.on_policy import OnPolicy
 from genrecal_ds.training.progress import host_memory_gib
 from genrecal_ds.training.stages import freeze
@@ -60,7 +44,7 @@ from genrecal_ds.training.weights import (
     DTYPES,
     load_student,
     load_teacher,
-    new_recalibrator,
+    recalibrator_folder_of,
     refuse_other_architecture,
     teacher_width,
 )
@@ -82,11 +66,16 @@ class StageParts:
     own_answers: Callable[[int, list[PairBatch]], list[PairBatch]] | None
     clock: Clock
     facts: dict[str, Any]  # of this start: versions, where pixels come from, memory of every rank
+    more_teachers: tuple[Teacher, ...] = ()
+
+    @property
+    def teachers(self) -> tuple[Teacher | TeacherFromCache, ...]:
+        return () if self.teacher is None else (self.teacher, *self.more_teachers)
 
     def close(self) -> None:
         self.student.close()
-        if self.teacher:
-            self.teacher.close()
+        for teacher in self.teachers:
+            teacher.close()
 
 
 def build_stage(
@@ -112,15 +101,19 @@ def build_stage(
         writer = cache.writer_with_room(index, _samples_of(stage, plan, index), width)
 
     scores = _in_loop_scores(recipe, stage, inputs)
-    alignment = _alignment(stage, encoders)
+    alignment = alignment_of(stage, encoders)
     refuse_other_architecture(student_folder, recipe.student.path)
     torch.manual_seed(recipe.seed)  # a fresh Recalibrator is the same on every rank
     student = load_student(student_folder, recipe)
     freeze(student, stage)
-    objective = _objective(recipe, stage, student, recalibrator_folder, encoders, clock, alignment)
-    teacher: Teacher | TeacherFromCache | None = None
-    if stage.needs_teacher:
-        teacher = TeacherFromCache() if is_cached else load_teacher(recipe)
+    objective = build_objective(
+        recipe, stage, student, recalibrator_folder, encoders, clock, alignment
+    )
+    teachers: list[Teacher | TeacherFromCache] = []
+    if is_cached:
+        teachers = [TeacherFromCache()]
+    elif stage.needs_teacher:
+        teachers = [load_teacher(recipe, number) for number in range(len(recipe.teachers))]
     run_folder = recipe.run_dir / stage.name
     engine = StudentEngine(
         objective,
@@ -132,8 +125,9 @@ def build_stage(
     )
     _check_logits(student, encoders.student)
     answer = None if scores is None else (lambda: scores(engine.module.student))
-    if teacher and teacher.module is not None:
-        _check_logits(teacher.module.teacher, encoders.teacher)
+    for teacher, encoder in zip(teachers, encoders.teachers, strict=True):
+        if teacher.module is not None:
+            _check_logits(teacher.module.teacher, encoder)
     dataset = PairDataset(index, train_encoders, with_regular, alignment)
     own_answers = None
     if stage.on_policy.share:
@@ -145,13 +139,14 @@ def build_stage(
         validation=validation
         and PairDataset(validation, validation_encoders, with_regular, alignment),
         student=engine,
-        teacher=teacher,
+        teacher=teachers[0] if teachers else None,
         writer=writer,
         export=_exporter(engine, student_folder, recipe),
         answer=answer,
         own_answers=own_answers,
         clock=clock,
         facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage)},
+        more_teachers=tuple(teachers[1:]),
     )
 
 
@@ -197,19 +192,12 @@ def _in_loop_scores(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> InLoo
     return scores
 
 
-def _alignment(stage: StageConfig, encoders: PairEncoders) -> Alignment | None:
-    """What the stage wants to know of both tokenizations. Raises UserError; see token_bytes."""
-    if not stage.needs_alignment:
-        return None
-    assert isinstance(encoders.teacher, ChatEncoder) and isinstance(encoders.student, ChatEncoder)
-    pieces = [token_bytes(e.tokenizer, e.folder) for e in (encoders.teacher, encoders.student)]
-    return Alignment(Aligner(*pieces), stage.answers.rows, stage.kind == "byte_kd")
-
-
 def _teacher_in_words(recipe: Recipe, stage: StageConfig) -> str | None:
     if not stage.needs_teacher or recipe.teacher is None:
         return None
-    return "cache" if recipe.reads_cache(stage) else recipe.teacher.placement
+    if recipe.reads_cache(stage):
+        return "cache"
+    return ", ".join(source.placement for source in recipe.teachers)
 
 
 def _cached(
@@ -261,86 +249,33 @@ def _check_logits(vlm: VLM, encoder: ChatEncoder) -> None:
     vlm.check(chat.input_ids_T[None].to(dist.device()))
 
 
-def _objective(
-    recipe: Recipe,
-    stage: StageConfig,
-    student: VLM,
-    recalibrator_folder: Path | None,
-    encoders: PairEncoders,
-    clock: Clock,
-    alignment: Alignment | None,
-) -> nn.Module:
-    if not stage.needs_teacher:
-        return Supervised(student, stage.losses, clock)
-    assert recipe.teacher is not None
-    head = place_frozen_head(
-        recipe.teacher.path, DTYPES[recipe.precision], dist.device(), recipe.teacher_head
-    )
-    if stage.kind == "dskd":
-        return ProjectedKD(student, head, teacher_width(recipe), stage.losses, clock)
-    if stage.needs_logits:
-        assert isinstance(head, ReplicatedHead)  # a rule of config.Recipe
-        if stage.kind == "mot":
-            return MultiLevelOT(student, head, stage.losses, clock)
-        if stage.kind == "byte_kd":
-            assert alignment is not None
-            tables = _byte_vocabularies(alignment.aligner, encoders, student, head)
-            return ByteKD(student, head, tables, stage.losses, clock)
-        distance = sorted_distance
-        if stage.kind == "logit_kd":
-            distance = divergence(stage.losses, len(encoders.student.tokenizer))
-        return TokenKD(student, head, stage.losses, distance, clock)
-    recalibrator = new_recalibrator(recipe, student)
-    if recalibrator_folder:
-        load_recalibrator(recalibrator, recalibrator_folder)
-    embedding = None
-    if stage.answers.embeddings:
-        embedding = load_embedding(recipe.teacher.path, DTYPES[recipe.precision])
-    return GenRecal(
-        student,
-        recalibrator,
-        head,
-        stage.losses,
-        trains_student=stage.kind != "align",
-        clock=clock,
-        answers=AnswerInputs(stage.answers, embedding),
-    )
-
-
-def _byte_vocabularies(
-    aligner: Aligner, encoders: PairEncoders, student: VLM, head: ReplicatedHead
-) -> tuple[ByteVocabulary, ByteVocabulary]:
-    """(teacher's, student's)."""
-    theirs, ours = encoders.teacher, encoders.student
-    assert isinstance(theirs, ChatEncoder) and isinstance(ours, ChatEncoder)
-    assert theirs.end_of_turn is not None and ours.end_of_turn is not None
-    device, columns = dist.device(), len(head.head.weight_VH)
-    return (
-        byte_vocabulary(aligner.teacher, theirs.end_of_turn, columns, device),
-        byte_vocabulary(aligner.student, ours.end_of_turn, student.head.out_features, device),
-    )
-
-
 def _exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[Path], None]:
-    def write(folder: Path, student: dict[str, Any], recalibrator: dict[str, Any]) -> None:
+    prefixes = ["recalibrator."]
+    if recipe.more_teachers:  # as objectives/several_teachers.py names them
+        prefixes = [f"parts.{number}.recalibrator." for number in range(len(recipe.teachers))]
+
+    def write(folder: Path, student: dict[str, Any], recalibrators: list[dict[str, Any]]) -> None:
         write_student(engine.module.student.model, student, source, folder / "student")
-        if recalibrator:
-            facts = {
-                "teacher": str(recipe.teacher.path), "depth": recipe.recalibrator.depth,
-                "positions": recipe.recalibrator.positions,
-            }  # fmt: skip
-            save_recalibrator(recalibrator, folder / "recalibrator", facts)
+        for number, recalibrator in enumerate(recalibrators):
+            if recalibrator:
+                facts = {
+                    "teacher": str(recipe.teachers[number].path),
+                    "depth": recipe.recalibrator.depth,
+                    "positions": recipe.recalibrator.positions,
+                }
+                own = recalibrator_folder_of(folder / "recalibrator", number)
+                save_recalibrator(recalibrator, own, facts)
 
     def export(folder: Path) -> None:
         student_state = engine.full_state("student.model.")
-        recalibrator_state = engine.full_state("recalibrator.")
+        recalibrator_states = [engine.full_state(prefix) for prefix in prefixes]
         scale = engine.module.student.adapter_scale
         if scale is not None:
             student_state = merged(student_state, scale)
         failure = None
         if dist.is_main():
             try:
-                write(folder, student_state, recalibrator_state)
+                write(folder, student_state, recalibrator_states)
             except (OSError, SafetensorError) as error:  # a full disk, most likely
                 failure = f"{folder}: {error}; the last checkpoint is whole, start again from it"
         dist.raise_together(failure)

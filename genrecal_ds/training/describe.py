@@ -40,9 +40,10 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int
         for component, (total, trained) in counts.items():
             yield f"student.{component}", total, trained
         if stage.has_recalibrator:
-            recalibrator = unfilled_recalibrator(recipe, student, torch.float32)
-            total = sum(parameter.numel() for parameter in recalibrator.parameters())
-            yield "recalibrator", total, total
+            for number in range(len(recipe.teachers)):
+                recalibrator = unfilled_recalibrator(recipe, student, torch.float32, number)
+                total = sum(parameter.numel() for parameter in recalibrator.parameters())
+                yield f"recalibrator {number + 1}" if number else "recalibrator", total, total
 
 
 def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:

@@ -25,15 +25,14 @@ class Inputs:
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Tokenizers, templates and shard indices. Raises UserError for the first that fails."""
-    for source in (recipe.student, recipe.teacher):
-        if source:
-            allow_code(source)
+    for source in (recipe.student, *recipe.teachers):
+        allow_code(source)
     student = ChatEncoder(recipe.student.path, recipe.student.max_length)
     encoders = {False: PairEncoders(student, too_long=recipe.data.too_long)}
     if any(stage.needs_teacher for stage in recipe.stages):
         assert recipe.teacher is not None  # a rule of config.Recipe
-        teacher = ChatEncoder(recipe.teacher.path, recipe.teacher.max_length)
-        encoders[True] = PairEncoders(student, teacher, recipe.data.too_long)
+        teacher, *more = (ChatEncoder(t.path, t.max_length) for t in recipe.teachers)
+        encoders[True] = PairEncoders(student, teacher, recipe.data.too_long, tuple(more))
         _refuse_two_tokenizers(recipe, student, teacher)
     folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
     indices = {folder: ShardIndex.load(store_of(folder, recipe)) for folder in folders if folder}
@@ -73,13 +72,16 @@ def store_of(folder: str, recipe: Recipe) -> ShardStore:
 def _lengths(
     index: ShardIndex, encoders: dict[bool, PairEncoders], has_teacher: bool, recipe: Recipe
 ) -> Lengths:
-    """Of the sides that a stage uses. One table serves all stages: it is the recipe's pair's."""
+    """Of the sides that a stage uses. One table serves all stages: it is the recipe's pair's.
+
+    The order is by the first teacher's tokens and the student's, whatever teachers stand beside.
+    """
     if recipe.data.lengths == "estimated":
         return lengths.estimated(index)
     pair = encoders[True in encoders].by_side
     used = encoders[has_teacher].by_side
     return lengths.measured(
         index,
-        {side: encoder.digest for side, encoder in pair.items()},
-        {side: encoder.max_length for side, encoder in used.items()},
+        {side: encoder.digest for side, encoder in pair.items() if side in lengths.SIDES},
+        {side: encoder.max_length for side, encoder in used.items() if side in lengths.SIDES},
     )

@@ -11,11 +11,12 @@ from genrecal_ds.data.batch import PairBatch
 
 def token_counts(micro: Sequence[PairBatch]) -> dict[str, int]:
     """Tokens and samples of a step over all ranks; `answer` are the student's. A collective."""
+    teachers = [view.teacher for b in micro for view in (b, *b.more) if view.teacher]
     counts = torch.tensor(
         [
             sum(int(b.student.inputs.attention_mask.sum()) for b in micro),
-            sum(int(b.teacher.inputs.attention_mask.sum()) for b in micro if b.teacher),
-            sum(len(b.teacher.packing.source_P) for b in micro if b.teacher),
+            sum(int(teacher.inputs.attention_mask.sum()) for teacher in teachers),
+            sum(len(teacher.packing.source_P) for teacher in teachers),
             sum(b.num_student_rows for b in micro),
             sum(b.num_samples for b in micro),
         ],

@@ -97,8 +97,10 @@ def stage_hash(recipe: Recipe, stage: StageConfig) -> str:
     names = (
         "run_dir", "stages", "log", "checkpoint", "faults", "resume", "profile", "data",
     )  # fmt: skip
-    # Rows from a cache are the teacher's own.
-    outputs = dict.fromkeys(names, True) | {"teacher": {"cache": True}}
+    # Rows from a cache are the teacher's own, and a weight is one among several.
+    several = bool(recipe.more_teachers)
+    outputs = dict.fromkeys(names, True) | {"teacher": {"cache": True, "weight": not several}}
+    outputs |= {"more_teachers": True} if not several else {}
     tree = recipe.model_dump(mode="json", exclude=outputs) | {"too_long": recipe.data.too_long}
     text = json.dumps([tree, stage.model_dump(mode="json", exclude={"data"})], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -185,8 +185,8 @@ class Caches:
         store = FeatureStore(self.folder(index), self.identity(index))
         encoders = self.encoders
         return CachedPairEncoders(
-            encoders.student, encoders.teacher, encoders.too_long, store,
-            torch.zeros(1, width, dtype=dtype),
+            encoders.student, encoders.teacher, encoders.too_long, features=store,
+            empty_row_1H=torch.zeros(1, width, dtype=dtype),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from genrecal_ds import dist
 from genrecal_ds.config import Recipe, StageConfig
 from genrecal_ds.data.batch import PairBatch, join_teacher, to_device
 from genrecal_ds.data.loader import micro_batches
+from genrecal_ds.data.pair import side_of
 from genrecal_ds.data.plan import GivenSamples, StepPlan
 from genrecal_ds.metrics import JsonlLog, Report
 from genrecal_ds.objectives import TeacherRows, Totals
@@ -62,8 +63,9 @@ class Trainer:
         self.counts = SampleCounts(recipe.data.max_unreadable)
         self.faults = Faults(self.folder / "faults", recipe.faults, parts.dataset.reader)
         modules = {"student": parts.student.module}
-        if parts.teacher is not None and parts.teacher.module is not None:
-            modules["teacher"] = parts.teacher.module
+        for number, teacher in enumerate(parts.teachers):
+            if teacher.module is not None:
+                modules[side_of(number)] = teacher.module
         seconds = recipe.faults.stall_seconds
         self.watchdog = Watchdog(self.folder / "faults", seconds, parts.clock, modules)
 
@@ -173,7 +175,11 @@ class Trainer:
         self.stop_asked |= agreed.stop
         self.batch_read = agreed.batch
         share = self._share(step)
-        return Totals(max(1.0, agreed.teacher_rows) / share, max(1.0, agreed.student_rows) / share)
+        teacher, student, *more = (
+            max(1.0, rows) / share
+            for rows in (agreed.teacher_rows, agreed.student_rows, *agreed.more_rows)
+        )
+        return Totals(teacher, student, tuple(more))
 
     def _enter_in_ledger(self, step: int) -> None:
         """Which samples the step trained on, checked against the plan: none lost, none twice."""
@@ -182,19 +188,19 @@ class Trainer:
             raise RuntimeError(f"step {step + 1}: the ranks read other samples than planned")
         self.ledger.write({"step": step + 1, "batch": f"{planned:x}"})
 
-    def _teacher_rows(self, batch: PairBatch) -> TeacherRows | None:
-        if self.parts.teacher is None:
-            return None
-        assert batch.teacher is not None
-        with self.parts.clock.phase("teacher"):
-            rows = self.parts.teacher(
-                batch.teacher.inputs, batch.teacher.rows_A, batch.teacher.targets_N
-            )
-        return TeacherRows(*rows)
+    def _teacher_rows(self, batch: PairBatch) -> TeacherRows | tuple[TeacherRows, ...] | None:
+        """A tuple only where there are several teachers."""
+        found = []
+        for number, teacher in enumerate(self.parts.teachers):
+            view = batch.seen_by(number).teacher
+            assert view is not None
+            with self.parts.clock.phase("teacher"):
+                found.append(TeacherRows(*teacher(view.inputs, view.rows_A, view.targets_N)))
+        return tuple(found) if len(found) > 1 else next(iter(found), None)
 
     def _with_teacher(
         self, micro: list[PairBatch]
-    ) -> Iterator[tuple[PairBatch, TeacherRows | None]]:
+    ) -> Iterator[tuple[PairBatch, TeacherRows | tuple[TeacherRows, ...] | None]]:
         """The micro-batches with their teacher rows, several of which come from one forward.
 
         On the device from here on, and no longer than needed: a step's pictures are gigabytes.
@@ -231,12 +237,13 @@ class Trainer:
         index = dataset.reader.index
         plan = GivenSamples(np.arange(min(self.recipe.log.validation_samples, len(index))), unit)
         self.parts.student.train(False)
+        totals = Totals(1, 1, (1,) * len(self.parts.more_teachers))
         report = Report()
         for micro in self._micro_batches(dataset, plan, 0, plan.steps_per_epoch):
             self.counts.of(micro)  # names damaged ones; only training counts towards the limit
             for batch in micro:
                 batch = to_device(batch, self.device)
-                _, part = self.parts.student(batch, self._teacher_rows(batch), Totals(1, 1), False)
+                _, part = self.parts.student(batch, self._teacher_rows(batch), totals, False)
                 report = report + part
         return {f"validation/{name}": value for name, value in report.reduce().items()}
 

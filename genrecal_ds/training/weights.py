@@ -48,12 +48,14 @@ def load_student(folder: Path, recipe: Recipe) -> VLM:
     return student
 
 
-def load_teacher(recipe: Recipe) -> Teacher:
-    """The teacher's frozen body: sharded, in an engine of its own, or whole on every rank."""
-    assert recipe.teacher is not None
-    source = recipe.teacher
+def load_teacher(recipe: Recipe, number: int = 0) -> Teacher:
+    """A teacher's frozen body: sharded, in an engine of its own, or whole on every rank.
+
+    number: which of the recipe's teachers, here as below; default the first.
+    """
+    source = recipe.teachers[number]
     if source.is_sharded:
-        name = recipe.teacher_ds_config
+        name = recipe.ds_config_of(source)
         group = dist.host_group() if source.placement == "zero3_host" else None
         vlm = load_vlm_sharded(source.path, name, recipe.precision, source, group)
         body = TeacherBody(vlm, source.answer_layer)
@@ -93,20 +95,20 @@ def load_vlm_sharded(
     return vlm
 
 
-def new_recalibrator(recipe: Recipe, student: VLM) -> Recalibrator:
+def new_recalibrator(recipe: Recipe, student: VLM, number: int = 0) -> Recalibrator:
     """A fresh Recalibrator, whole; the engine shards it."""
-    assert recipe.teacher is not None
-    recalibrator = unfilled_recalibrator(recipe, student, DTYPES[recipe.precision])
+    recalibrator = unfilled_recalibrator(recipe, student, DTYPES[recipe.precision], number)
     check_backend(recipe.recalibrator.attention, dist.device(), DTYPES[recipe.precision])
     std = getattr(student.text_config, "initializer_range", 0.02)
-    recalibrator.initialize(std, load_final_norm(recipe.teacher.path))
+    recalibrator.initialize(std, load_final_norm(recipe.teachers[number].path))
     return recalibrator
 
 
-def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> Recalibrator:
+def unfilled_recalibrator(
+    recipe: Recipe, student: VLM, dtype: torch.dtype, number: int = 0
+) -> Recalibrator:
     """The recipe's, with values that are not meant to be used."""
-    assert recipe.teacher is not None
-    width = teacher_width(recipe)
+    width = teacher_width(recipe, number)
     chosen = recipe.recalibrator
     return Recalibrator(
         student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention,
@@ -114,6 +116,10 @@ def unfilled_recalibrator(recipe: Recipe, student: VLM, dtype: torch.dtype) -> R
     )  # fmt: skip
 
 
-def teacher_width(recipe: Recipe) -> int:
-    assert recipe.teacher is not None
-    return read_config(recipe.teacher.path).get_text_config().hidden_size
+def recalibrator_folder_of(first: Path, number: int) -> Path:
+    """Where that teacher's lies: those of further ones beside the first one's."""
+    return first.parent / f"{first.name}_{number + 1}" if number else first
+
+
+def teacher_width(recipe: Recipe, number: int = 0) -> int:
+    return read_config(recipe.teachers[number].path).get_text_config().hidden_size

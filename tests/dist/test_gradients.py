@@ -32,7 +32,7 @@ STAGES = {
 }
 
 
-def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_keys):
+def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_keys, **tree):
     return write_recipe(
         folder / "recipe.yaml",
         run_dir=str(folder / "run"), precision="fp32",
@@ -45,6 +45,7 @@ def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_
         deepspeed=partitioning_ds_configs(folder),
         log={"probes_every": 1},  # the probe must leave no gradient behind
         stages=[{"kind": kind, "name": "tested", "steps": 2, **STAGES.get(kind, {})}],
+        **tree,
     )  # fmt: skip
 
 
@@ -67,10 +68,12 @@ def pieces_of(tokenizer):
 
 
 def reference_gradients(recipe_path, result):
-    """The second step's gradients from the weights the ranks had before it."""
+    """The second step's gradients from the weights the ranks had before it.
+
+    With several teachers the loss is the weighted sum of what it is with each of them alone.
+    """
     recipe = load_recipe(recipe_path)
     stage = recipe.stages[0]
-    kind = stage.kind
     inputs = open_inputs(recipe)
     encoders = inputs.encoders[stage.needs_teacher]
     index = ShardIndex.load(recipe.data.train)
@@ -85,9 +88,22 @@ def reference_gradients(recipe_path, result):
     assert any(len(pair.student.answers) == 2 for pair in pairs)
 
     load = AutoModelForImageTextToText.from_pretrained
-    teacher = load(recipe.teacher.path, dtype=torch.float64).requires_grad_(False)
     student = load(recipe.student.path, dtype=torch.float64).requires_grad_(False)
-    recalibrator = None
+    parameters = {}
+    for number, source in enumerate(recipe.teachers):
+        teacher = load(source.path, dtype=torch.float64).requires_grad_(False)
+        part = f"parts.{number}." if recipe.more_teachers else ""
+        reference, own = reference_of(stage, teacher, student, encoders, number, part, result)
+        parameters |= own
+        seen = [pair.seen_by(number) for pair in pairs]
+        (recipe.teacher_shares[number] * reference.loss(seen)).backward()
+    # Proj-pre reads nothing in a pass of the student's rows alone.
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+
+
+def reference_of(stage, teacher, student, encoders, number, part, result):
+    """(the loss beside this teacher, what trains by its name), with the ranks' weights."""
+    kind, recalibrator = stage.kind, None
     if kind in ("align", "distill"):
         width = teacher.config.get_text_config().hidden_size
         recalibrator = Recalibrator(student.config.get_text_config(), width).double()
@@ -96,7 +112,7 @@ def reference_gradients(recipe_path, result):
         widths = [m.config.get_text_config().hidden_size for m in (student, teacher)]
         projection = torch.nn.Linear(*widths, bias=False, dtype=torch.float64)
     modules = {
-        "student.model.": student, "recalibrator.": recalibrator, "projection.": projection
+        "student.model.": student, f"{part}recalibrator.": recalibrator, "projection.": projection
     }  # fmt: skip
     parameters = {}
     for prefix, module in modules.items():
@@ -108,15 +124,25 @@ def reference_gradients(recipe_path, result):
                 parameters[prefix + name] = parameter
     pieces = None
     if stage.needs_alignment:
-        pieces = [pieces_of(e.tokenizer) for e in (encoders.teacher, encoders.student)]
+        sides = encoders.teachers[number], encoders.student
+        pieces = [pieces_of(encoder.tokenizer) for encoder in sides]
     answers = "embeddings" if stage.answers.embeddings else stage.answers.rows
     reference = Reference(
         teacher, student, recalibrator, kind, projection, pieces, answers,
         stage.losses.boundary_weight,
     )  # fmt: skip
-    reference.loss(pairs).backward()
-    # Proj-pre reads nothing in a pass of the student's rows alone.
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    return reference, parameters
+
+
+def check_gradients(recipe, result):
+    expected = reference_gradients(recipe, result)
+    assert expected.keys() == result["gradients"].keys() and expected
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in result["gradients"].items():
+        truth = expected[name]
+        # Relative to the tensor's norm; tensors that are zero but for rounding, to the largest.
+        error = (gradient.double() - truth).norm() / max(truth.norm(), 1e-4 * scale)
+        assert error < 1e-5, f"{name}: relative error {error:.2e}"
 
 
 PACK = {"pack": True}
@@ -152,14 +178,7 @@ def test_gradients_equal_plain_torch(
     recipe = recipe_for(tmp_path, pair, shards, student, kind, head, teacher_keys, student_keys)
     run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, "tested", tmp_path / "result.pt"])
     result = torch.load(tmp_path / "result.pt")
-    expected = reference_gradients(recipe, result)
-    assert expected.keys() == result["gradients"].keys() and expected
-    scale = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in result["gradients"].items():
-        truth = expected[name]
-        # Relative to the tensor's norm; tensors that are zero but for rounding, to the largest.
-        error = (gradient.double() - truth).norm() / max(truth.norm(), 1e-4 * scale)
-        assert error < 1e-5, f"{name}: relative error {error:.2e}"
+    check_gradients(recipe, result)
     assert {name.split(".")[0] for name in result["gradients"]} == {
         "align": {"recalibrator"}, "distill": {"student", "recalibrator"}, "sft": {"student"},
         "uld": {"student"}, "logit_kd": {"student"}, "mot": {"student"},

@@ -82,12 +82,47 @@ def test_sources_of_stages_default_to_the_stage_before(tmp_path):
         ({"stages": [{"kind": "sft", "steps": 1, "student": "stage:distill"}]}, "not an earlier"),
         ({"stages": [{"kind": "align", "steps": 1, "losses": {"ar": 0, "kl": 0}}]}, "both 0"),
         ({"student": {}}, "student.path: missing; add it"),
+        ({"teacher": None, "more_teachers": [{"path": "u"}],
+          "stages": [{"kind": "sft", "steps": 1}]}, "more_teachers: stand beside teacher"),
+        ({"more_teachers": [{"path": "u"}, {"path": "t"}]}, "more_teachers.1.path: t is named twi"),
+        ({"more_teachers": [{"path": "./s"}]}, "more_teachers.0.path: s is named twice"),
+        ({"more_teachers": [{"path": "u", "cache": "c"}]}, "more_teachers.0.cache: .* leave it"),
+        ({"more_teachers": [{"path": "u"}], "teacher": {"path": "t", "cache": "c"}},
+         "teacher.cache: holds the rows of one teacher alone"),
+        ({"more_teachers": [{"path": "u", "forward_batches": 2}]},
+         "more_teachers.0.forward_batches: must be 1"),
+        ({"more_teachers": [{"path": "u", "weight": 0}]}, "more_teachers.0.weight: .*greater than"),
+        *(({"more_teachers": [{"path": "u"}], "stages": [{"kind": kind, "steps": 1}]},
+           f"stages.{kind}: {kind} has one teacher; leave out more_teachers")
+          for kind in ("uld", "logit_kd", "mot", "dskd")),
     ],
 )  # fmt: skip
 def test_mistakes_name_key_and_fix(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         load_recipe(write(tmp_path, **changes))
     assert "\n" not in str(error.value) and "recipe.yaml" in str(error.value)
+
+
+def test_several_teachers_have_shares_of_one(tmp_path):
+    more = [{"path": "u", "weight": 3.0, "placement": "zero3_offload"}]
+    recipe = load_recipe(write(tmp_path, more_teachers=more), ["more_teachers.0.path=v"])
+    assert [str(source.path) for source in recipe.teachers] == ["t", "v"]
+    assert recipe.teacher_shares == (0.25, 0.75)
+    names = [recipe.ds_config_of(source) for source in recipe.teachers]
+    assert names == ["teacher_zero3", "teacher_zero3_offload"]
+    assert load_recipe(write(tmp_path, teacher={"path": "t", "weight": 7.0})).teacher_shares == (1,)
+
+
+def test_a_lone_teachers_weight_decides_no_result(tmp_path):
+    from genrecal_ds.training.run import stage_hash
+
+    def hash_of(**changes):
+        recipe = load_recipe(write(tmp_path, **changes))
+        return stage_hash(recipe, recipe.stages[0])
+
+    assert hash_of() == hash_of(teacher={"path": "t", "weight": 2.0})
+    two = {"more_teachers": [{"path": "u"}]}
+    assert len({hash_of(), hash_of(**two), hash_of(teacher={"path": "t", "weight": 2}, **two)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,22 @@ def test_folders_that_a_stage_names(examine, pair, tmp_path):
     assert "is of another architecture than student.path" in refusals[1]
 
 
+def test_several_teachers(examine, pair, tmp_path):
+    twin = f"more_teachers=[{{path: {pair / 'twin_init'}, max_length: 128}}]"
+    code, output, _ = examine(twin)
+    assert code == 0, output
+    for shown in (
+        f"teacher 2: {pair / 'twin_init'}",
+        "teacher 2: <|im_start|>user",
+        "  recalibrator 2  ",
+        "those of more_teachers need memory beyond what follows",
+    ):
+        assert shown in output
+    missing = f"more_teachers=[{{path: {tmp_path / 'nowhere'}}}]"
+    code, _, refusals = examine(missing)
+    assert code == 2 and refusals[0].startswith("more_teachers.0.path: ")
+
+
 def test_measured_lengths(examine, pair, shards, tmp_path):
     from data_tools.tokens import count, write
     from genrecal_ds.data.index import ShardIndex
