@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.text import Text
 
 from genrecal_ds.arguments import positive
-from genrecal_ds.config import ModelSource, Recipe, StageConfig, load_recipe
+from genrecal_ds.config import ModelSource, Recipe, StageConfig
 from genrecal_ds.errors import UserError
 from genrecal_ds.hosts import Cluster, cluster_of
 from genrecal_ds.memory import GIB, NOT_COUNTED, Estimate, estimate
+from genrecal_ds.recipe_file import load_recipe
 from genrecal_ds.refusals import Report
 
 if TYPE_CHECKING:

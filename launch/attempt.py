@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from genrecal_ds.config import Recipe, check_folders, load_recipe
+from genrecal_ds.config import Recipe
 from genrecal_ds.errors import UserError
+from genrecal_ds.recipe_file import check_folders, load_recipe
 from genrecal_ds.redact import redact_tree
 from genrecal_ds.training.stopping import STOP_FILE
 from launch.train import find_recipe

@@ -22,8 +22,9 @@ from genrecal_ds.training import stopping  # noqa: E402
 if __name__ == "__main__":
     stopping.listen()  # before anything slow: until then SIGUSR1 would end the process
 
-from genrecal_ds.config import Recipe, check_folders, load_recipe  # noqa: E402
+from genrecal_ds.config import Recipe  # noqa: E402
 from genrecal_ds.errors import UserError  # noqa: E402
+from genrecal_ds.recipe_file import check_folders, load_recipe  # noqa: E402
 from genrecal_ds.redact import redact_output, redact_tree  # noqa: E402
 
 TORCH_RANGE = ((2, 11), (2, 15))  # as in setup.py

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genrecal_ds import flops
-from genrecal_ds.config import load_recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.planner.cost import wire
+from genrecal_ds.recipe_file import load_recipe
 
 WARM_UP = 5
 

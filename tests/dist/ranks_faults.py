@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe, load_recipe
+from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import to_device
 from genrecal_ds.errors import UserError
+from genrecal_ds.recipe_file import load_recipe
 from genrecal_ds.training import engine
 from genrecal_ds.training.agreement import CallMismatch
 from genrecal_ds.training.build import build_stage

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from genrecal_ds.config import load_recipe
 from genrecal_ds.memory import CONTEXT_BYTES, Load, estimate
 from genrecal_ds.planner import measured as command
 from genrecal_ds.planner.cost import wire
+from genrecal_ds.recipe_file import load_recipe
 from genrecal_ds.training.sizes import load_of
 from launch.demo.pair import build_student, build_teacher
 from tests.fixtures import ROOT, records, run_ranks, texts_of_digits, write_recipe

@@ -176,7 +176,9 @@ def test_data_tools_import_data_config_and_processors_only():
         assert others == set(), f"{path.relative_to(ROOT)} reaches into other rooms"
 
 
-@pytest.mark.parametrize("leaf", [f"genrecal_ds/{n}.py" for n in ("config", "errors", "memory")])
+@pytest.mark.parametrize(
+    "leaf", [f"genrecal_ds/{n}.py" for n in ("config", "recipe_file", "errors", "memory")]
+)
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "deepspeed"])
 def test_leaf_imports_nothing_heavy(leaf: str, heavy: str):
     assert importers(sources(leaf), heavy) == set()

@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from genrecal_ds.config import load_ds_config, load_recipe
 from genrecal_ds.errors import UserError
+from genrecal_ds.recipe_file import load_ds_config, load_recipe
 from tests.fixtures import ROOT, environment
 
 pytestmark = pytest.mark.unit

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from genrecal_ds.config import load_recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.hosts import refuse_shared_devices
+from genrecal_ds.recipe_file import load_recipe
 from launch import attempt
 from launch.hosts import _node_command
 from launch.train import ranks_of_slurm

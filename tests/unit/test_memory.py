@@ -14,7 +14,6 @@ import sys
 
 import pytest
 
-from genrecal_ds.config import load_ds_config
 from genrecal_ds.memory import (
     GIB,
     HEAD_CHUNK_BYTES,
@@ -27,6 +26,7 @@ from genrecal_ds.memory import (
     estimate,
     gathered,
 )
+from genrecal_ds.recipe_file import load_ds_config
 
 pytestmark = pytest.mark.unit
 

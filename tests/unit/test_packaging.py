@@ -58,7 +58,7 @@ def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path):
     program = (
         "from pathlib import Path\n"
         "import ds_configs, genrecal_ds, launch\n"
-        "from genrecal_ds.config import load_ds_config, load_recipe\n"
+        "from genrecal_ds.recipe_file import load_ds_config, load_recipe\n"
         "home = Path(genrecal_ds.__file__).parents[1]\n"
         "configs = [load_ds_config(p.stem) for p in (home / 'ds_configs').glob('*.json')]\n"
         "recipes = [load_recipe(p) for p in (home / 'launch' / 'recipes').rglob('*.yaml')]\n"

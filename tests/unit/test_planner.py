@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from genrecal_ds import flops
-from genrecal_ds.config import load_recipe
 from genrecal_ds.flops import Sample
 from genrecal_ds.memory import Load
 from genrecal_ds.planner import __main__ as planner
@@ -18,6 +17,7 @@ from genrecal_ds.planner.cost import Machine, micro_steps, received, step_second
 from genrecal_ds.planner.facts import GPUS, PAPER_FORWARD, PAPER_PAIRS, model_names
 from genrecal_ds.planner.report import forward_ratio
 from genrecal_ds.planner.search import Plan, Search, Setting, Work, arranged
+from genrecal_ds.recipe_file import load_recipe
 from tests.fixtures import ROOT
 
 pytestmark = pytest.mark.unit
