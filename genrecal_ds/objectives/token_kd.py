@@ -48,6 +48,8 @@ class StudentKD(nn.Module):
         with self.clock.phase("head"):
             ce_sum = self.ce_sum(hidden_BSD, batch, report)
             kd_sum = self.kd_sum(hidden_BSD, batch, teacher_rows, report)
+        if probe:
+            self.probe(hidden_BSD, batch, teacher_rows, totals, report)
         return (ce_sum + self.losses.kl * kd_sum) / totals.student_rows, report
 
     def ce_sum(self, hidden_BSD: Tensor, batch: PairBatch, report: Report) -> Tensor:
@@ -88,8 +90,34 @@ class StudentKD(nn.Module):
         with self.clock.phase("head"):
             return self.ce_sum(hidden_BSD, batch, report) / totals.student_rows
 
-    def probe(self, *_: object) -> None:
-        """These have no probes."""
+    def probe(
+        self,
+        hidden_BSD: Tensor,
+        batch: PairBatch,
+        teacher_rows: TeacherRows,
+        totals: Totals,
+        report: Report,
+    ) -> None:
+        """Norm of D's gradient at the student's loss rows, boundary rows apart, and of its CE's.
+
+        Taken at a detached copy of the rows, so no parameter gets a gradient here.
+        """
+        student = batch.student
+        rows_MD = hidden_BSD.detach().flatten(0, 1).index_select(0, student.rows_M)
+        with torch.enable_grad():
+            leaf_MD = rows_MD.requires_grad_()
+            kd_sum, _, _ = self.kd(leaf_MD, batch, teacher_rows)
+            (of_kd_MD,) = torch.autograd.grad(kd_sum, leaf_MD)
+            ones_M = torch.ones_like(student.labels_M, dtype=torch.float32)
+            ce_sum, _ = self.student.head(leaf_MD, student.labels_M, ones_M)
+            (of_ce_MD,) = torch.autograd.grad(ce_sum, leaf_MD)
+        for name, gradient_MD, rows_M in (
+            ("kd_boundary", of_kd_MD, student.boundary_M),
+            ("kd_other", of_kd_MD, ~student.boundary_M),
+            ("student_ce", of_ce_MD, torch.ones_like(student.boundary_M)),
+        ):
+            square = (gradient_MD[rows_M].float() / totals.student_rows).square().sum()
+            report.norms[f"gradient/{name}"] = square
 
     @abstractmethod
     def kd(

@@ -1,0 +1,71 @@
+"""byte_kd on one process: what its probe says, and a batch that shares nothing."""
+
+import pytest
+import torch
+
+from genrecal_ds.config import LossConfig
+from genrecal_ds.data.alignment import Aligner
+from genrecal_ds.data.batch import Alignment, collate
+from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
+from genrecal_ds.models.vlm import load_vlm
+from genrecal_ds.objectives import Totals
+from genrecal_ds.objectives.byte_kd import ByteKD
+from tests.unit.objectives.test_genrecal import Setting
+
+pytestmark = pytest.mark.unit
+
+
+class Bytes(Setting):
+    def __init__(self, pair, shards):
+        super().__init__(pair, shards)
+        sides = self.encoders.teacher, self.encoders.student
+        self.aligner = Aligner(*(token_bytes(side.tokenizer, side.folder) for side in sides))
+        student = load_vlm(self.student_folder)
+        columns = len(self.head.head.weight_VH), student.head.out_features
+        pieces = self.aligner.teacher, self.aligner.student
+        tables = tuple(
+            byte_vocabulary(of, side.end_of_turn, size, torch.device("cpu"))
+            for of, side, size in zip(pieces, sides, columns, strict=True)
+        )
+        self.objective = ByteKD(student, self.head, tables, LossConfig(student_ce=0.0))
+
+    def aligned(self):
+        placeholder, rules = self.encoders.placeholder(), self.encoders.vision_rules
+        return collate(
+            self.pairs, placeholder, rules, False, Alignment(self.aligner, "teacher", True)
+        )
+
+
+@pytest.fixture(scope="module")
+def setting(pair, shards):
+    return Bytes(pair, shards)
+
+
+def test_the_probe_splits_the_gradient_and_leaves_none(setting):
+    batch, objective = setting.aligned(), setting.objective
+    objective.zero_grad()
+    rows = setting.rows(batch)
+    _, report = objective(batch, rows, Totals(1.0, 1.0), True)
+    assert all(parameter.grad is None for parameter in objective.parameters())
+    found = report.reduce()
+    with torch.no_grad():
+        hidden = objective.student.body(*batch.student.inputs)
+    leaf = hidden.flatten(0, 1)[batch.student.rows_M].requires_grad_()
+    (whole,) = torch.autograd.grad(objective.kd(leaf, batch, rows)[0], leaf)
+    parts = found["gradient/kd_boundary"] ** 2 + found["gradient/kd_other"] ** 2
+    assert parts == pytest.approx(float(whole.square().sum()), rel=1e-4)
+    assert found["gradient/kd_other"] > 0.2 * found["gradient/kd_boundary"] > 0
+    assert found["kd_other"] > 0
+
+
+def test_a_batch_that_shares_nothing_still_has_a_gradient(setting):
+    batch, objective = setting.aligned(), setting.objective
+    nothing = type(batch.shared_bytes)(*(part[:0] for part in batch.shared_bytes))
+    objective.zero_grad()
+    loss, report = objective(
+        batch._replace(shared_bytes=nothing), setting.rows(batch), Totals(1.0, 1.0)
+    )
+    loss.backward()
+    assert float(loss) == 0 and "kd" not in report.reduce()
+    assert all(p.grad is not None for p in objective.student.head.parameters())
+    objective.zero_grad()
