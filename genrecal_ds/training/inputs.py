@@ -12,6 +12,7 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.families import Family
 from genrecal_ds.models.remote import allow
+from genrecal_ds.models.token_bytes import token_bytes
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ def open_inputs(recipe: Recipe) -> Inputs:
         teacher, *more = (ChatEncoder(t.path, t.max_length) for t in recipe.teachers)
         encoders[True] = PairEncoders(student, teacher, recipe.data.too_long, tuple(more))
         _refuse_two_tokenizers(recipe, student, teacher)
+        if any(stage.needs_alignment for stage in recipe.stages):
+            for encoder in (student, teacher, *more):  # raises for what it cannot spell
+                token_bytes(encoder.tokenizer, encoder.folder)
     folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
     indices = {folder: ShardIndex.load(store_of(folder, recipe)) for folder in folders if folder}
     found: dict[tuple[str, bool], Lengths] = {}
