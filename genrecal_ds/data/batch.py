@@ -19,6 +19,7 @@ from torch import Tensor
 from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.packed import Packing, TurnRows, pack
 from genrecal_ds.data.pair import EncodedChat, Pair
+from genrecal_ds.data.passes import aligned, mixed, regular
 
 IGNORE = -100  # label of rows that teach nothing
 
@@ -242,72 +243,14 @@ def _teacher_batch(
     sequences: list[list[TurnRows]] = []
     exact = None
     if alignment is None or alignment.answers != "student":
-        sequences += _mixed(pairs, student_width)
+        sequences += mixed(pairs, student_width)
     if alignment and alignment.answers != "teacher":
-        aligned, exact = _aligned(pairs, student_width, alignment.aligner)
-        sequences += aligned
+        own, exact = aligned(pairs, student_width, alignment.aligner)
+        sequences += own
     if with_regular:
-        sequences += _regular(views, num_answers)
+        sequences += regular(views, num_answers)
     packing = pack(sequences, len(pairs) * student_width, len(rows_A))
     return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing, exact)
-
-
-def _mixed(pairs: list[Pair], student_width: int) -> list[list[TurnRows]]:
-    """q of the student, a of the teacher: the paper's."""
-    views = [pair.teacher for pair in pairs if pair.teacher is not None]
-    return [
-        [
-            TurnRows(
-                np.arange(*question) + b * student_width,
-                -rows - 1,
-                np.concatenate([np.arange(*question), np.arange(*answer)]),
-            )
-            for question, answer, rows in zip(
-                pair.student.questions, view.answers, numbers, strict=True
-            )
-        ]
-        for b, (pair, view, numbers) in enumerate(
-            zip(pairs, views, _numbered([view.answers for view in views], 0), strict=True)
-        )
-    ]
-
-
-def _aligned(
-    pairs: list[Pair], student_width: int, aligner: Aligner
-) -> tuple[list[list[TurnRows]], Tensor]:
-    """q and a of the student, in the places of the teacher's answer tokens: ours.
-
-    And exact_N: a label is this pass's only where the student's row has read what stands before
-    it, no less. The first label's row is the question's last.
-    """
-    sequences, exact = [], []
-    for b, pair in enumerate(pairs):
-        turns = []
-        for question, answer, rows in zip(
-            pair.student.questions, pair.student.answers, aligner.rows(pair), strict=True
-        ):
-            places = np.concatenate([np.arange(*question), answer[0] + rows.student_n])
-            split = question[1] - question[0]
-            sources = places + b * student_width
-            turns.append(TurnRows(sources[:split], sources[split:], places))
-            exact += [np.ones(1, bool), rows.is_exact_n[:-1]]
-        sequences.append(turns)
-    return sequences, torch.from_numpy(np.concatenate(exact))
-
-
-def _regular(views: list[EncodedChat], num_answers: int) -> list[list[TurnRows]]:
-    """q and a of the teacher (Algorithm 2); question rows stand behind all answer rows."""
-    questions = _numbered([view.questions for view in views], num_answers)
-    answers = _numbered([view.answers for view in views], 0)
-    return [
-        [
-            TurnRows(-asked - 1, -answered - 1, np.arange(question[0], answer[1]))
-            for question, answer, asked, answered in zip(
-                view.questions, view.answers, own_questions, own_answers, strict=True
-            )
-        ]
-        for view, own_questions, own_answers in zip(views, questions, answers, strict=True)
-    ]
 
 
 def _shared_bytes(pairs: list[Pair], aligner: Aligner) -> SharedBytes:
@@ -397,18 +340,6 @@ def _loss_rows(
             boundary.append(np.arange(end - start) == 0)
     joined = [np.concatenate(parts) for parts in (rows, labels, boundary)]
     return _tensor(joined[0]), _tensor(joined[1]), torch.from_numpy(joined[2])
-
-
-def _numbered(spans: list[tuple[tuple[int, int], ...]], first: int) -> list[list[np.ndarray]]:
-    """Consecutive numbers from `first`, one run per turn of each conversation."""
-    numbered, number = [], first
-    for turns in spans:
-        runs = []
-        for start, end in turns:
-            runs.append(np.arange(number, number + end - start))
-            number += end - start
-        numbered.append(runs)
-    return numbered
 
 
 def _rows(spans: tuple[tuple[int, int], ...], offset: int) -> np.ndarray:
