@@ -30,9 +30,11 @@ def second(pair, tmp_path_factory):
     [("align", "student_init", "vocab_parallel", "replica", PACK, {"parts"}),
      ("distill", "student_init", "replicated", "zero3", {}, {"student", "parts"}),
      ("both rows", "student_untied", "gathered", "replica", LEAN, {"student", "parts"}),
-     ("embeddings", "student_untied", "replicated", "zero3", {}, {"student", "parts"}),
+     pytest.param("embeddings", "student_untied", "replicated", "zero3", {}, {"student", "parts"},
+                  marks=pytest.mark.slow),
      ("byte_kd", "student_init", "replicated", "zero3", LEAN, {"student"}),
-     ("byte_kd", "student_untied", "replicated", "replica", {}, {"student"})],
+     pytest.param("byte_kd", "student_untied", "replicated", "replica", {}, {"student"},
+                  marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_gradients_are_the_weighted_sum(
     tmp_path, pair, shards, second, kind, student, head, placement, student_keys, trained
