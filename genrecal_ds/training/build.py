@@ -110,11 +110,7 @@ def build_stage(
     objective = build_objective(
         recipe, stage, student, recalibrator_folder, encoders, clock, alignment
     )
-    teachers: list[Teacher | TeacherFromCache] = []
-    if is_cached:
-        teachers = [TeacherFromCache()]
-    elif stage.needs_teacher:
-        teachers = [load_teacher(recipe, number) for number in range(len(recipe.teachers))]
+    teachers = _teachers(recipe, stage)
     run_folder = recipe.run_dir / stage.name
     engine = StudentEngine(
         objective,
@@ -130,10 +126,6 @@ def build_stage(
         if teacher.module is not None:
             _check_logits(teacher.module.teacher, encoder)
     dataset = PairDataset(index, train_encoders, with_regular, alignment)
-    own_answers = None
-    if stage.on_policy.share:
-        on_policy = OnPolicy(dataset, stage.on_policy, recipe.seed)
-        own_answers = lambda step, micro: on_policy(engine.module.student, step, micro)  # noqa: E731
     return StageParts(
         dataset=dataset,
         plan=plan,
@@ -144,11 +136,29 @@ def build_stage(
         writer=writer,
         export=_exporter(engine, student_folder, recipe),
         answer=answer,
-        own_answers=own_answers,
+        own_answers=_own_answers(stage, dataset, engine, recipe.seed),
         clock=clock,
         facts={**_facts(encoders), "teacher": _teacher_in_words(recipe, stage)},
         more_teachers=tuple(teachers[1:]),
     )
+
+
+def _teachers(recipe: Recipe, stage: StageConfig) -> list[Teacher | TeacherFromCache]:
+    """Those that the stage runs, in the recipe's order."""
+    if not stage.needs_teacher:
+        return []
+    if recipe.reads_cache(stage):
+        return [TeacherFromCache()]
+    return [load_teacher(recipe, number) for number in range(len(recipe.teachers))]
+
+
+def _own_answers(
+    stage: StageConfig, dataset: PairDataset, engine: StudentEngine, seed: int
+) -> Callable[[int, list[PairBatch]], list[PairBatch]] | None:
+    if not stage.on_policy.share:
+        return None
+    on_policy = OnPolicy(dataset, stage.on_policy, seed)
+    return lambda step, micro: on_policy(engine.module.student, step, micro)
 
 
 def fill_cache(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> None:
