@@ -24,10 +24,10 @@ from torch import Tensor
 
 from genrecal_ds.config import LossConfig
 from genrecal_ds.data.alignment import Aligner
-from genrecal_ds.data.batch import IGNORE, Alignment, PairBatch, collate
+from genrecal_ds.data.batch import Alignment, PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairEncoders
-from genrecal_ds.data.pair import Pair
+from genrecal_ds.data.pair import Pair, Unusable
 from genrecal_ds.data.reader import Sample, ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
@@ -84,8 +84,8 @@ def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, fl
     with torch.no_grad():
         view = true.teacher
         rows = TeacherRows(*subject.teacher(view.inputs, view.rows_A, view.targets_N))
-        found = _by_class("kl", true, _kl(subject, true, rows)[1])
-        found |= _by_class("kl_shuffled", true, _kl(subject, shuffled, rows)[1])
+        found = _by_class("kl", true, *_kl(subject, true, rows))
+        found |= _by_class("kl_shuffled", shuffled, *_kl(subject, shuffled, rows))
     return found | _gradient_norms(subject, true, rows)
 
 
@@ -96,9 +96,9 @@ def _rows(subject: Subject, batch: PairBatch) -> Tensor:
 
 
 def _kl(subject: Subject, batch: PairBatch, rows: TeacherRows) -> tuple[Tensor, Tensor]:
-    """(sum, by row [M])"""
-    kl_sum, kl_M, _ = subject.objective.kd(_rows(subject, batch), batch, rows)
-    return kl_sum, kl_M
+    """(by row [M], which rows have one [M])"""
+    _, kl_M, is_taught_M = subject.objective.kd(_rows(subject, batch), batch, rows)
+    return kl_M, is_taught_M
 
 
 def _gradient_norms(subject: Subject, batch: PairBatch, rows: TeacherRows) -> dict[str, float]:
@@ -118,8 +118,7 @@ def _gradient_norms(subject: Subject, batch: PairBatch, rows: TeacherRows) -> di
     }
 
 
-def _by_class(name: str, batch: PairBatch, values_M: Tensor) -> dict[str, float]:
-    valid_M = batch.student.labels_M != IGNORE
+def _by_class(name: str, batch: PairBatch, values_M: Tensor, valid_M: Tensor) -> dict[str, float]:
     boundary_M = batch.student.boundary_M
     return {
         f"{name}_boundary": float(values_M[valid_M & boundary_M].mean()),
@@ -158,12 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         reader = ShardReader(ShardIndex.load(arguments.shards))
-        samples = [reader.read(i) for i in range(min(arguments.samples, len(reader)))]
+        numbers = tuple(range(min(arguments.samples, len(reader))))
+        samples = [s for s in reader.read_many(numbers) if isinstance(s, Sample)]
         samples = [s for s in samples if sum(m["role"] == "assistant" for m in s.messages) == 1]
         if len(samples) < 2:
             raise UserError(f"{arguments.shards}: no two samples of one turn to exchange")
         found = {str(s): gap(arguments.teacher, s, samples) for s in arguments.student}
-    except UserError as error:
+    except (UserError, Unusable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     arguments.out.write_text(json.dumps(found, indent=2) + "\n")

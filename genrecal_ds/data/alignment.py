@@ -70,7 +70,8 @@ class Aligner:
         sides = ((pair.teacher, self.teacher), (pair.student, self.student))
         by_side = [
             [
-                [pieces[token] for token in chat.input_ids_T[start:end].tolist()]
+                # The last is the end of turn, whatever it is spelt like.
+                [*(pieces[token] for token in chat.input_ids_T[start : end - 1].tolist()), None]
                 for start, end in chat.answers
             ]
             for chat, pieces in sides

@@ -63,6 +63,7 @@ class ChatEncoder:
         special = [token for token in added if added[token].special and token != unknown]
         self.special_ids = torch.tensor(special, dtype=torch.int64)
         self.end_of_turn: int | None = None
+        self.stops: set[int] = set()  # what generate ends at, the end of turn among them
         self.end_of_turn = self._find_end_of_turn()
         if self.slow_offsets is not None:
             self._try_slow_offsets()
@@ -200,6 +201,7 @@ class ChatEncoder:
             eos = GenerationConfig.from_pretrained(self.folder).eos_token_id
             stops |= set(eos if isinstance(eos, list) else [eos])
         stops.discard(None)
+        self.stops = stops
         probe = [_message("user", "x"), _message("assistant", "xyz")]
         try:
             text, starts = self._render(probe)

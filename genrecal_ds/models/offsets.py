@@ -155,7 +155,7 @@ def _as_gpt2(piece: Piece) -> bytes | None:
     return bytes(_GPT2_BYTES[char] for char in piece)
 
 
-def _as_sentencepiece(piece: Piece) -> bytes | None:
+def as_sentencepiece(piece: Piece) -> bytes | None:
     """A mark for a blank, and <0xE4> for a byte."""
     if isinstance(piece, bytes):
         return None
@@ -169,5 +169,5 @@ SPELLINGS: tuple[tuple[Spelling, bool], ...] = (
     (_as_is, False),
     (_as_bytes, False),
     (_as_gpt2, False),
-    (_as_sentencepiece, True),
+    (as_sentencepiece, True),
 )

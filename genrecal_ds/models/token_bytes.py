@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.offsets import SPELLINGS, Piece, Spelling
+from genrecal_ds.models.offsets import SPELLINGS, Piece, Spelling, as_sentencepiece
 from genrecal_ds.ops.next_byte import END, STOP, ByteVocabulary
 
 MOST_BYTES = 32  # of a token; boundaries further inside one are left out
@@ -32,7 +32,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes 
     for piece, token in tokenizer.get_vocab().items():
         if token in added:
             is_text = not added[token].special and token not in special
-            found[token] = str(added[token]).encode() if is_text else None
+            # Runs of blanks among sentencepiece's added tokens are written with its mark, too.
+            written = spell if spell is as_sentencepiece else str.encode
+            found[token] = written(str(added[token])) if is_text else None
         elif token not in special:
             found[token] = spell(piece)
     return found

@@ -254,7 +254,10 @@ def answer_rows(teacher: TeacherBatch) -> Tensor:
 def without_questions(hidden_BSD: Tensor, teacher: TeacherBatch) -> Tensor:
     """Zeros but for the student's rows that the first pass reads in the place of answers."""
     source_P = teacher.packing.source_P.long()
-    kept = source_P[answer_rows(teacher) & (source_P >= 0)]
+    is_answer_P = answer_rows(teacher)
+    kept = source_P[is_answer_P & (source_P >= 0)]
+    # A question's last row stands for an answer of which nothing is read yet: still a question's.
+    kept = kept[~torch.isin(kept, source_P[~is_answer_P])]
     rows = hidden_BSD.flatten(0, 1)
     zeroed = torch.zeros_like(rows).index_copy(0, kept, rows[kept])
     return zeroed.view_as(hidden_BSD)

@@ -29,11 +29,21 @@ def likeliest(logits_BV: Tensor) -> list[int]:
     return tokens
 
 
-def drawn(temperature: float, generators: Sequence[torch.Generator]) -> Choice:
-    """From softmax(logits / temperature), each sample's tokens from a generator of its own."""
+def drawn(
+    temperature: float, generators: Sequence[torch.Generator], encoder: ChatEncoder
+) -> Choice:
+    """From softmax(logits / temperature), each sample's tokens from a generator of its own.
+
+    Of the tokens that may stand in an answer: no special one but those that end it, and none that
+    the tokenizer does not have, for which heads have columns.
+    """
+    special = set(encoder.special_ids.tolist()) - encoder.stops
+    known = [token for token in range(len(encoder.tokenizer)) if token not in special]
 
     def choose(logits_BV: Tensor) -> list[int]:
-        shares_BV = (logits_BV.float() / temperature).softmax(-1).cpu()
+        allowed_BV = torch.full_like(logits_BV, -torch.inf, dtype=torch.float32)
+        allowed_BV[:, known] = logits_BV[:, known].float() / temperature
+        shares_BV = allowed_BV.softmax(-1).cpu()
         tokens = [
             int(torch.multinomial(row, 1, generator=generator))
             for row, generator in zip(shares_BV, generators, strict=False)
@@ -51,7 +61,10 @@ def decode(
     max_new_tokens: int,
     choose: Choice,
 ) -> list[str]:
-    """The last answers of the samples, without special tokens. A collective."""
+    """The last answers of the samples, without special tokens. A collective.
+
+    Never the image token: a body that meets it without a picture raises, on one rank.
+    """
     encoder = encoders.student
     assert isinstance(encoder, ChatEncoder)
     prompts = [_as_chat(encoder, sample) for sample in samples]
@@ -63,14 +76,17 @@ def decode(
         waiting = torch.tensor([float(not all(is_done))], device=dist.device())
         if not dist.sum_over_ranks(waiting).item():
             break
-        tokens = choose(_next_logits(student, chats, encoder.vision_rules))
+        logits_BV = _next_logits(student, chats, encoder.vision_rules)
+        if encoder.image_token is not None:
+            logits_BV[:, encoder.image_token] = -torch.inf
+        tokens = choose(logits_BV)
         for place, token in enumerate(tokens):
             if not is_done[place]:
                 chats[place] = _longer(chats[place], token, encoder.is_prefix_lm)
-                is_done[place] = token == encoder.end_of_turn
+                is_done[place] = token in encoder.stops
     new = [chat.input_ids_T[n:] for chat, n in zip(chats, lengths, strict=False)]
     texts: list[str] = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return texts
+    return texts[: len(samples)]  # of no tokens at all there is one empty text
 
 
 def _as_chat(encoder: ChatEncoder, sample: Sample) -> EncodedChat:

@@ -17,6 +17,7 @@ from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.data.loader import PairDataset
 from genrecal_ds.data.pair import Messages, Pair, Unusable
 from genrecal_ds.data.reader import Sample
+from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.training.decoding import decode, drawn
 
@@ -38,8 +39,12 @@ class OnPolicy:
         samples = [
             s for s in self.dataset.reader.read_many(batch.used_ids) if isinstance(s, Sample)
         ]
+        given = [self._given(*of) for of in zip(samples, batch.used_ids, strict=True)]
         entropies = [[self.seed, step, number] for number in batch.used_ids]
-        is_chosen = [np.random.default_rng(e).random() < self.config.share for e in entropies]
+        is_chosen = [
+            np.random.default_rng(e).random() < self.config.share and self._has_room(pair)
+            for e, pair in zip(entropies, given, strict=True)
+        ]
         chosen = [s for s, mine in zip(samples, is_chosen, strict=True) if mine]
         generators = [
             torch.Generator().manual_seed(int(np.random.default_rng([*e, 1]).integers(2**62)))
@@ -48,13 +53,15 @@ class OnPolicy:
         ]
         texts = iter(decode(
             student, self.dataset.encoders, chosen, self.config.max_new_tokens,
-            drawn(self.config.temperature, generators),
+            drawn(self.config.temperature, generators, self._encoder),
         ))  # fmt: skip
         if not chosen:
             return batch
         pairs = [
-            self._pair(sample, number, next(texts) if mine else None)
-            for sample, number, mine in zip(samples, batch.used_ids, is_chosen, strict=True)
+            self._answered(sample, number, next(texts), pair) if mine else pair
+            for sample, number, mine, pair in zip(
+                samples, batch.used_ids, is_chosen, given, strict=True
+            )
         ]
         new = self.dataset.collate(pairs)
         kept = ("sample_ids", "used_ids", "unusable_ids", "unusable", "unreadable")
@@ -63,18 +70,32 @@ class OnPolicy:
             **{name: getattr(batch, name) for name in kept},
         )
 
-    def _pair(self, sample: Sample, number: int, text: str | None) -> Pair:
-        """With the text as the last answer; as given where none is, or where it cannot be used."""
-        encode = self.dataset.encoders.encode
-        if text is not None:
-            try:
-                return encode(_answered(sample.messages, text), sample.images, number)
-            except Unusable:
-                pass
-        return encode(sample.messages, sample.images, number)
+    @property
+    def _encoder(self) -> ChatEncoder:
+        encoder = self.dataset.encoders.student
+        assert isinstance(encoder, ChatEncoder)
+        return encoder
+
+    def _given(self, sample: Sample, number: int) -> Pair:
+        return self.dataset.encoders.encode(sample.messages, sample.images, number)
+
+    def _has_room(self, pair: Pair) -> bool:
+        """For a whole answer behind the whole question: of a cut conversation it is another one."""
+        start, _ = pair.student.answers[-1]
+        return not pair.is_truncated and (
+            start + self.config.max_new_tokens <= self._encoder.max_length
+        )
+
+    def _answered(self, sample: Sample, number: int, text: str, given: Pair) -> Pair:
+        """With the text as the last answer; as given where that cannot be used."""
+        messages = _with_answer(sample.messages, text)
+        try:
+            return self.dataset.encoders.encode(messages, sample.images, number)
+        except Unusable:
+            return given
 
 
-def _answered(messages: Messages, text: str) -> Messages:
+def _with_answer(messages: Messages, text: str) -> Messages:
     answered = copy.copy(messages)
     answered[-1] = {**messages[-1], "content": [{"type": "text", "text": text.strip()}]}
     return answered

@@ -27,6 +27,8 @@ def test_the_same_answers_as_generate(pair, shards, model, num_pictures):
     found = decode(load_vlm(folder).eval(), encoders, samples, 6, likeliest)
     (expected,) = Generator(folder, 6).answers(samples, 8)
     assert len(samples) == 2 and found == expected
+    # A rank that has nothing to answer decodes along, and has no texts.
+    assert decode(load_vlm(folder).eval(), encoders, [], 1, likeliest) == []
 
 
 def test_samples_that_cannot_be_scored_are_refused(pair, shards, monkeypatch):

@@ -32,7 +32,7 @@ def answered(dataset, monkeypatch, texts, share, step=3):
         return texts[: len(samples)]
 
     monkeypatch.setattr(on_policy, "decode", decode)
-    sampler = OnPolicy(dataset, OnPolicyConfig(share=share), seed=5)
+    sampler = OnPolicy(dataset, OnPolicyConfig(share=share, max_new_tokens=6), seed=5)
     (batch,) = sampler(None, step, [dataset[SLOTS]])
     return batch, asked[0]
 
@@ -78,13 +78,36 @@ def test_who_is_asked_depends_on_step_and_sample_alone(dataset, monkeypatch):
     assert asked == 0 and torch.equal(batch.student.labels_M, dataset[SLOTS].student.labels_M)
 
 
+class Words:
+    """An encoder of four tokens, the third of which is special."""
+
+    special_ids, stops, tokenizer = torch.tensor([2, 3]), {3}, range(4)
+
+
+def test_special_tokens_and_columns_of_nobody_are_not_drawn():
+    choose = drawn(1.0, [torch.Generator().manual_seed(0)], Words())
+    logits = torch.tensor([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]])  # two columns that are padding
+    assert {choose(logits)[0] for _ in range(60)} == {0, 1, 3}  # 3 ends the answer
+
+
 def test_draws_follow_the_distribution_and_their_generator():
-    logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
     generators = [torch.Generator().manual_seed(7)]
-    choose = drawn(2.0, generators)
+    choose = drawn(2.0, generators, Words())
     counts = torch.bincount(
         torch.tensor([choose(logits[None])[0] for _ in range(4000)]), minlength=4
     )
     torch.testing.assert_close(counts / 4000, (logits / 2).softmax(-1), rtol=0, atol=0.03)
-    again = [drawn(1.0, [torch.Generator().manual_seed(n)])(logits.expand(2, -1)) for n in (1, 1)]
+    again = [
+        drawn(1.0, [torch.Generator().manual_seed(n)], Words())(logits.expand(2, -1))
+        for n in (1, 1)
+    ]
     assert again[0] == again[1] and again[0][1] == 0  # a row of nobody's
+
+
+def test_a_conversation_without_room_for_an_answer_keeps_its_own(dataset, monkeypatch):
+    monkeypatch.setattr(on_policy, "decode", lambda student, encoders, samples, *_: samples or [])
+    (batch,) = OnPolicy(dataset, OnPolicyConfig(share=1.0, max_new_tokens=127), seed=5)(
+        None, 0, [dataset[SLOTS]]
+    )
+    assert torch.equal(batch.student.labels_M, dataset[SLOTS].student.labels_M)

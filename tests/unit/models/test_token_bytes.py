@@ -90,6 +90,14 @@ def test_alignment_meets_where_the_offsets_do(tokenizers, kinds):
     assert met > 100
 
 
+def test_runs_of_blanks_among_the_added_tokens(tokenizers, zoo):
+    """As Gemma's have them: not special, and written with sentencepiece's mark."""
+    tokenizer = load_tokenizer(zoo("llama", "spm_bpe"))
+    tokenizer.add_tokens(["\u2581\u2581\u2581"])
+    pieces = token_bytes(tokenizer, zoo("llama", "spm_bpe"))
+    assert pieces[tokenizer.convert_tokens_to_ids("\u2581\u2581\u2581")] == b"   "
+
+
 def test_what_cannot_be_spelt_is_refused(tmp_path):
     """Pieces of the BERT kind do not say where blanks were."""
     words = ["[UNK]", "3", "plus", "8", "is", "ele", "##ven", ",", "it", "'", "s", "2024"]
