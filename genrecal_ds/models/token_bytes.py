@@ -69,7 +69,8 @@ def byte_vocabulary(
     pieces: Sequence[bytes | None], end_of_turn: int, num_logits: int, device: torch.device
 ) -> ByteVocabulary:
     """Tables for ops/next_byte. num_logits: columns of the head, padding included."""
-    tokens = [token for token, piece in enumerate(pieces) if piece and token != end_of_turn]
+    shown = enumerate(pieces[:num_logits])  # of some families the head lacks the last tokens
+    tokens = [token for token, piece in shown if piece and token != end_of_turn]
     tokens.sort(key=lambda token: pieces[token] or b"")
     words = [pieces[token] or b"" for token in tokens]
     depth = min(MOST_BYTES, max(map(len, words)))

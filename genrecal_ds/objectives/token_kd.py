@@ -45,29 +45,11 @@ class StudentKD(nn.Module):
         report = Report()
         with self.clock.phase("student"):
             hidden_BSD = self.student.body(*batch.student.inputs)
-        with self.clock.phase("head"):
-            ce_sum = self.ce_sum(hidden_BSD, batch, report)
-            kd_sum = self.kd_sum(hidden_BSD, batch, teacher_rows, report)
+        loss = self.student_loss(hidden_BSD, batch, totals, report)
+        loss = loss + self.teacher_loss(hidden_BSD, batch, teacher_rows, totals, report)
         if probe:
             self.probe(hidden_BSD, batch, teacher_rows, totals, report)
-        return (ce_sum + self.losses.kl * kd_sum) / totals.student_rows, report
-
-    def ce_sum(self, hidden_BSD: Tensor, batch: PairBatch, report: Report) -> Tensor:
-        student = batch.student
-        ce_sum, ce_M = student_ce(self.student, hidden_BSD, student, self.losses)
-        valid_M = student.labels_M != IGNORE
-        report.add_rows("student_ce", ce_M, student.boundary_M, valid_M)
-        return ce_sum
-
-    def kd_sum(
-        self, hidden_BSD: Tensor, batch: PairBatch, teacher_rows: TeacherRows, report: Report
-    ) -> Tensor:
-        rows_MD = hidden_BSD.flatten(0, 1).index_select(0, batch.student.rows_M)
-        kd_sum, kd_M, is_taught_M = self.kd(rows_MD, batch, teacher_rows)
-        report.add_rows("kd", kd_M, batch.student.boundary_M, is_taught_M)
-        return kd_sum
-
-    # What several_teachers.py asks of a part.
+        return loss, report
 
     def answered(self, batch: PairBatch, teacher_rows: TeacherRows) -> TeacherRows:
         return teacher_rows
@@ -80,15 +62,24 @@ class StudentKD(nn.Module):
         totals: Totals,
         report: Report,
     ) -> Tensor:
+        """The distance's term, for hidden states of the student."""
+        student = batch.student
         with self.clock.phase("head"):
-            kd_sum = self.kd_sum(hidden_BSD, batch, teacher_rows, report)
+            rows_MD = hidden_BSD.flatten(0, 1).index_select(0, student.rows_M)
+            kd_sum, kd_M, is_taught_M = self.kd(rows_MD, batch, teacher_rows)
+            report.add_rows("kd", kd_M, student.boundary_M, is_taught_M)
         return self.losses.kl * kd_sum / totals.student_rows
 
     def student_loss(
         self, hidden_BSD: Tensor, batch: PairBatch, totals: Totals, report: Report
     ) -> Tensor:
+        """The student's own term."""
+        student = batch.student
         with self.clock.phase("head"):
-            return self.ce_sum(hidden_BSD, batch, report) / totals.student_rows
+            ce_sum, ce_M = student_ce(self.student, hidden_BSD, student, self.losses)
+            valid_M = student.labels_M != IGNORE
+            report.add_rows("student_ce", ce_M, student.boundary_M, valid_M)
+        return ce_sum / totals.student_rows
 
     def probe(
         self,

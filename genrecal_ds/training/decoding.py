@@ -38,9 +38,10 @@ def drawn(
     the tokenizer does not have, for which heads have columns.
     """
     special = set(encoder.special_ids.tolist()) - encoder.stops
-    known = [token for token in range(len(encoder.tokenizer)) if token not in special]
+    known_V = torch.tensor([token not in special for token in range(len(encoder.tokenizer))])
 
     def choose(logits_BV: Tensor) -> list[int]:
+        known = known_V[: logits_BV.shape[1]].nonzero().flatten().to(logits_BV.device)
         allowed_BV = torch.full_like(logits_BV, -torch.inf, dtype=torch.float32)
         allowed_BV[:, known] = logits_BV[:, known].float() / temperature
         shares_BV = allowed_BV.softmax(-1).cpu()
@@ -77,8 +78,8 @@ def decode(
         if not dist.sum_over_ranks(waiting).item():
             break
         logits_BV = _next_logits(student, chats, encoder.vision_rules)
-        if encoder.image_token is not None:
-            logits_BV[:, encoder.image_token] = -torch.inf
+        if encoder.image_token is not None:  # some families' head has no column for it
+            logits_BV[:, encoder.image_token : encoder.image_token + 1] = -torch.inf
         tokens = choose(logits_BV)
         for place, token in enumerate(tokens):
             if not is_done[place]:

@@ -88,6 +88,7 @@ def test_special_tokens_and_columns_of_nobody_are_not_drawn():
     choose = drawn(1.0, [torch.Generator().manual_seed(0)], Words())
     logits = torch.tensor([[0.0, 0.0, 9.0, 0.0, 9.0, 9.0]])  # two columns that are padding
     assert {choose(logits)[0] for _ in range(60)} == {0, 1, 3}  # 3 ends the answer
+    assert {choose(logits[:, :2])[0] for _ in range(60)} == {0, 1}  # a head of fewer columns
 
 
 def test_draws_follow_the_distribution_and_their_generator():

@@ -145,3 +145,11 @@ def test_long_tokens_are_known_up_to_a_depth():
     at = Boundaries(*torch.tensor([[0], [0], [MOST_BYTES]]))
     mass = next_byte_log_mass(logits, at, table)
     assert (mass > -math.inf).nonzero()[:, 1].tolist() == [ord("x")]
+
+
+def test_a_head_without_the_last_tokens():
+    """Molmo2's: the tokens of pictures stand behind those that the head knows."""
+    table = byte_vocabulary([b"x", b"xy", None, b"z"], 2, 3, torch.device("cpu"))
+    at = Boundaries(*torch.tensor([[0], [0], [0]]))
+    mass = next_byte_log_mass(torch.zeros(1, 3), at, table)
+    assert (mass > -math.inf).nonzero()[:, 1].tolist() == [ord("x"), END]
