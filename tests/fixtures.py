@@ -4,10 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
+
+from tests.forked_ranks import Rank, ask, start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,35 +109,66 @@ def run_ranks(
     arguments: Sequence[str],
     world_size: int = 2,
     timeout: int = 240,
+    is_fresh: bool = False,
     **env: str,
 ) -> str:
     """Run a script on world_size ranks and return rank 0's output.
+
+    Ranks are forks of a process that has done the imports; those with an environment of their own
+    are not, nor with `is_fresh`, for scripts that measure a process's memory.
 
     The timeout is the guard against hangs: a rank that waits in a collective for one that
     never comes fails the test instead of blocking the suite. All ranks are ended with it.
     """
     port = str(20000 + os.getpid() % 20000)
-    processes = []
-    for rank in range(world_size):
-        ranks = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, arguments)],
-                env=environment(**ranks, **env),
-                cwd=ROOT,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
+    environments = [
+        environment(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env,
         )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    command = [str(script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{rank}.txt" for rank in range(world_size)]
+        if env or is_fresh:
+            codes = _run_fresh(command, environments, files, timeout)
+        else:
+            ranks = [
+                Rank(command[0], command[1:], own, str(file))
+                for own, file in zip(environments, files, strict=True)
+            ]
+            codes = ask(_rank_server(), ranks, timeout)
+        outputs = [file.read_text(errors="replace") for file in files]
+    for rank, code in enumerate(codes):
+        assert code == 0, f"rank {rank}: exit {code}\n{outputs[rank]}"
+    return outputs[0]
+
+
+@cache
+def _rank_server() -> subprocess.Popen:
+    return start(environment(), str(ROOT))
+
+
+def _run_fresh(
+    command: list[str], environments: list[dict[str, str]], files: list[Path], timeout: int
+) -> list[int]:
+    processes = []
+    for own, file in zip(environments, files, strict=True):
+        with open(file, "wb") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *command], env=own, cwd=ROOT, stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+    deadline = time.monotonic() + timeout
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        for process in processes:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass  # shown by the exit codes, with what the ranks said
     finally:
         for process in processes:
             process.kill()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, f"rank {rank}: exit {process.returncode}\n{outputs[rank]}"
-    return outputs[0]
+    return [process.wait() for process in processes]

@@ -108,7 +108,9 @@ def _gradient_norms(subject: Subject, batch: PairBatch, rows: TeacherRows) -> di
     kl_sum, _, _ = subject.objective.kd(leaf_MD, batch, rows)
     (of_kl_MD,) = torch.autograd.grad(kl_sum, leaf_MD)
     ones_M = torch.ones(len(leaf_MD))
-    ce_sum, _ = subject.objective.student.head(leaf_MD, batch.student.labels_M, ones_M)
+    ce_sum, _ = subject.objective.student.head.cross_entropy(
+        leaf_MD, batch.student.labels_M, ones_M
+    )
     (of_ce_MD,) = torch.autograd.grad(ce_sum, leaf_MD)
     boundary_M = batch.student.boundary_M
     return {

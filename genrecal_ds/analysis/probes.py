@@ -115,7 +115,9 @@ def gradient_norms(subject: Subject, batch: PairBatch) -> dict[str, float]:
         norms[f"mixed_{rows}"] = float(gradient.norm())
     student = batch.student
     own_rows = leaf_BSD.flatten(0, 1).index_select(0, student.rows_M)
-    ce_sum, _ = subject.student.head(own_rows, student.labels_M, torch.ones(len(own_rows)))
+    ce_sum, _ = subject.student.head.cross_entropy(
+        own_rows, student.labels_M, torch.ones(len(own_rows))
+    )
     (gradient,) = torch.autograd.grad(ce_sum / batch.num_student_rows, leaf_BSD)
     norms["student_ce"] = float(gradient.norm())
     return norms

@@ -4,7 +4,7 @@ Shapes: B batch, T sequence length, D width, N loss rows, V vocabulary.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from genrecal_ds.models.packing import (
 from genrecal_ds.models.remote import is_allowed
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
+from genrecal_ds.ops.linear_distance import ChunkDistance, linear_distance
 
 COMPONENTS = ("vision", "projector", "embeddings", "layers", "norm", "head")
 # bf16 rounds twice on the two ways to the same logits; fp32 only orders sums differently.
@@ -48,24 +49,38 @@ class LogitTransform(NamedTuple):
     softcap: float | None = None
 
 
-class LanguageHead(nn.Linear):
-    """A model's own output layer that can also return the cross entropy without all logits.
+Loss = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 
-    The loss is computed inside this module's forward, because there ZeRO-3 has gathered the
-    weight; read anywhere else it has no elements.
+
+class LanguageHead(nn.Linear):
+    """A model's own output layer that can also compute a loss without all logits.
+
+    That is done inside this module's forward, because there ZeRO-3 has gathered the weight; read
+    anywhere else it has no elements.
     """
 
     transform = LogitTransform()
 
-    def forward(
-        self, rows: Tensor, labels_N: Tensor | None = None, row_weights_N: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, rows: Tensor, loss: Loss | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of rows [.., D] as the family's own code expects them, before its transform; or
-        with labels (weighted CE sum, CE per row [N]), the transform included."""
-        if labels_N is None:
+        what `loss` makes of rows [N, D] and the gathered head, the transform included."""
+        if loss is None:
             return super().forward(rows)
-        head = Head(self.weight, self.bias, *self.transform)
-        return linear_cross_entropy(rows, labels_N, head, row_weights_N)
+        return loss(rows, Head(self.weight, self.bias, *self.transform))
+
+    def cross_entropy(
+        self, rows_ND: Tensor, labels_N: Tensor, row_weights_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(weighted sum, CE per row [N]); see ops/linear_cross_entropy.py."""
+        return self(
+            rows_ND, lambda rows, head: linear_cross_entropy(rows, labels_N, head, row_weights_N)
+        )
+
+    def distance(
+        self, rows_ND: Tensor, distance: ChunkDistance, sizes: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(sum, distance per row [N]); see ops/linear_distance.py."""
+        return self(rows_ND, lambda rows, head: linear_distance(rows, head, distance, sizes))
 
     def logits(self, rows: Tensor) -> Tensor:
         """What the model says of rows [.., D]: its transform included."""

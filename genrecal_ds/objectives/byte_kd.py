@@ -12,7 +12,6 @@ boundaries, C symbols.
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from genrecal_ds.config import LossConfig
 from genrecal_ds.data.batch import PairBatch
@@ -27,8 +26,6 @@ from genrecal_ds.ops.next_byte import (
     next_byte_kl,
     next_byte_log_mass,
 )
-
-CHUNK_BOUNDARIES = 512
 
 
 class ByteKD(StudentKD):
@@ -48,17 +45,19 @@ class ByteKD(StudentKD):
         self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
     ) -> tuple[Tensor, Tensor, Tensor]:
         theirs, ours = self._boundaries(batch)
-        logits_MV = self.student.head.logits(rows_MD)
-        parts = [
-            self._kl(logits_MV, teacher_rows.targets_NH, *chunk)
-            for chunk in zip(_chunks(theirs), _chunks(ours), strict=True)
-        ]
-        kl_I = torch.cat(parts) if parts else logits_MV.new_zeros(0)
-        kl_M = kl_I.new_zeros(len(logits_MV)).index_add(0, ours.row, kl_I.detach())
-        is_taught_M = torch.zeros(len(logits_MV), dtype=torch.bool, device=kl_I.device)
+        is_taught_M = torch.zeros(len(rows_MD), dtype=torch.bool, device=rows_MD.device)
         is_taught_M[ours.row] = True
-        # In the graph even where nothing is shared: ZeRO-3 wants a gradient in every micro-step.
-        return kl_I.sum() + 0.0 * logits_MV.sum(), kl_M, is_taught_M
+
+        def of_chunk(logits_nV: Tensor, part: slice) -> Tensor:
+            inside_I = (ours.row >= part.start) & (ours.row < part.stop)
+            there, here = (Boundaries(*(x[inside_I] for x in side)) for side in (theirs, ours))
+            teacher_IC = self._teacher_mass(teacher_rows.targets_NH, there)
+            at = here._replace(row=here.row - part.start)
+            student_IC = next_byte_log_mass(logits_nV, at, self.vocabularies[1])
+            kl_I = next_byte_kl(teacher_IC, student_IC)
+            return kl_I.new_zeros(len(logits_nV)).index_add(0, at.row, kl_I)
+
+        return *self.student.head.distance(rows_MD, of_chunk), is_taught_M
 
     def _boundaries(self, batch: PairBatch) -> tuple[Boundaries, Boundaries]:
         """(teacher's, student's), without those deeper in a token than the tables go."""
@@ -75,30 +74,9 @@ class ByteKD(StudentKD):
         theirs, ours = (Boundaries(*(part[is_known] for part in side)) for side in (theirs, ours))
         return theirs, ours
 
-    def _kl(
-        self, logits_MV: Tensor, targets_NH: Tensor, theirs: Boundaries, ours: Boundaries
-    ) -> Tensor:
-        """[I]; the student's masses are computed again in backward: only a chunk's live at once."""
-        with torch.no_grad():
-            # Boundaries of one token ask the same row.
-            rows, row = theirs.row.unique(return_inverse=True)
-            logits_nW = self.teacher_head.logits(targets_NH.index_select(0, rows))
-            teacher_IC = next_byte_log_mass(
-                logits_nW, theirs._replace(row=row), self.vocabularies[0]
-            )
-
-        def of_chunk(logits_MV: Tensor) -> Tensor:
-            rows, row = ours.row.unique(return_inverse=True)
-            logits_mV = logits_MV.index_select(0, rows).to(teacher_IC.dtype)
-            student_IC = next_byte_log_mass(logits_mV, ours._replace(row=row), self.vocabularies[1])
-            return next_byte_kl(teacher_IC, student_IC)
-
-        kl_I: Tensor = checkpoint(of_chunk, logits_MV, use_reentrant=False)
-        return kl_I
-
-
-def _chunks(at: Boundaries) -> list[Boundaries]:
-    return [
-        Boundaries(*parts)
-        for parts in zip(*(part.split(CHUNK_BOUNDARIES) for part in at), strict=True)
-    ]
+    @torch.no_grad()
+    def _teacher_mass(self, targets_NH: Tensor, at: Boundaries) -> Tensor:
+        """[I, C]"""
+        rows, row = at.row.unique(return_inverse=True)  # boundaries of one token ask the same row
+        logits_nW = self.teacher_head.logits(targets_NH.index_select(0, rows))
+        return next_byte_log_mass(logits_nW, at._replace(row=row), self.vocabularies[0])

@@ -12,10 +12,11 @@ Shapes: M student and N teacher loss rows of the micro-batch; of one conversatio
 teacher rows; V student's, W teacher's vocabulary, K kept columns.
 """
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from genrecal_ds.config import LossConfig
 from genrecal_ds.data.batch import IGNORE, PairBatch
@@ -44,32 +45,28 @@ class MultiLevelOT(StudentKD):
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert batch.teacher is not None
         index_M, is_paired_M = paired_rows(batch)
-        logits_MV = self.student.head.logits(rows_MD)
+        is_taught_M = batch.student.labels_M != IGNORE
         student_sizes = _rows_of(batch.student.rows_M, batch.student.inputs.input_ids)
         teacher_sizes = _rows_of(batch.teacher.targets_N, batch.teacher.inputs.input_ids)
-        first, parts = 0, []
-        for logits_mV, targets_nH, index_m, is_paired_m in zip(
-            logits_MV.split(student_sizes),
-            teacher_rows.targets_NH.split(teacher_sizes),
-            index_M.split(student_sizes),
-            is_paired_M.split(student_sizes),
-            strict=True,
-        ):
-            # Computed again in backward: one conversation's probabilities live at a time.
-            part = checkpoint(
-                self._of_conversation, logits_mV, targets_nH, index_m - first, is_paired_m,
-                use_reentrant=False,
+        ends = accumulate(teacher_sizes)
+        teachers = iter([slice(end - n, end) for n, end in zip(teacher_sizes, ends, strict=True)])
+
+        def of_conversation(logits_mV: Tensor, part: slice) -> Tensor:
+            """Chunks are conversations, in their order."""
+            theirs = next(teachers)
+            distance_m = self._of_conversation(
+                logits_mV, teacher_rows.targets_NH[theirs],
+                index_M[part] - theirs.start, is_paired_M[part],
             )  # fmt: skip
-            parts.append(part)
-            first += len(targets_nH)
-        is_taught_M = batch.student.labels_M != IGNORE
-        distance_M = torch.cat(parts) * is_taught_M
-        return distance_M.sum(), distance_M, is_taught_M
+            return distance_m * is_taught_M[part]
+
+        distance = self.student.head.distance(rows_MD, of_conversation, student_sizes)
+        return *distance, is_taught_M
 
     def _of_conversation(
         self, logits_mV: Tensor, targets_nH: Tensor, index_m: Tensor, is_paired_m: Tensor
     ) -> Tensor:
-        logits_mV, teacher_nW = logits_mV.float(), self.teacher_head.logits(targets_nH)
+        teacher_nW = self.teacher_head.logits(targets_nH)
         student_mK, teacher_nK = (ranked(x.softmax(-1)) for x in (logits_mV, teacher_nW))
         beside_mK = teacher_nK[index_m.where(is_paired_m, 0)]
         absolute_m = (beside_mK - student_mK).abs().sum(-1)

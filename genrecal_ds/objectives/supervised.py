@@ -18,7 +18,7 @@ def student_ce(
     """(weighted CE sum, CE per row [M] detached) of the student's own answer tokens."""
     rows_MD = hidden_BSD.flatten(0, 1).index_select(0, batch.rows_M)
     weights_M = losses.student_ce * (1.0 + losses.first_token_ce * batch.boundary_M.float())
-    return student.head(rows_MD, batch.labels_M, weights_M)
+    return student.head.cross_entropy(rows_MD, batch.labels_M, weights_M)
 
 
 class Supervised(nn.Module):

@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from genrecal_ds.config import LossConfig
 from genrecal_ds.data.batch import IGNORE, PairBatch
@@ -27,7 +26,6 @@ from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.supervised import student_ce
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (logits [n, V], teacher's [n, W]) -> [n]
-CHUNK_ROWS = 256
 
 
 class StudentKD(nn.Module):
@@ -100,7 +98,7 @@ class StudentKD(nn.Module):
             kd_sum, _, _ = self.kd(leaf_MD, batch, teacher_rows)
             (of_kd_MD,) = torch.autograd.grad(kd_sum, leaf_MD)
             ones_M = torch.ones_like(student.labels_M, dtype=torch.float32)
-            ce_sum, _ = self.student.head(leaf_MD, student.labels_M, ones_M)
+            ce_sum, _ = self.student.head.cross_entropy(leaf_MD, student.labels_M, ones_M)
             (of_ce_MD,) = torch.autograd.grad(ce_sum, leaf_MD)
         for name, gradient_MD, rows_M in (
             ("kd_boundary", of_kd_MD, student.boundary_M),
@@ -136,19 +134,13 @@ class TokenKD(StudentKD):
         self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
     ) -> tuple[Tensor, Tensor, Tensor]:
         index_M, is_paired_M = paired_rows(batch)
-        logits_MV = self.student.head.logits(rows_MD)
         targets_MH = teacher_rows.targets_NH.index_select(0, index_M)
-        distance_M = self._distances(logits_MV, targets_MH) * is_paired_M
-        return distance_M.sum(), distance_M, is_paired_M
 
-    def _distances(self, logits_MV: Tensor, targets_MH: Tensor) -> Tensor:
-        """Computed again in backward, chunk by chunk: no more than a chunk's probabilities live."""
+        def of_chunk(logits_nV: Tensor, part: slice) -> Tensor:
+            teacher_nW = self.teacher_head.logits(targets_MH[part])
+            return self.distance(logits_nV, teacher_nW) * is_paired_M[part]
 
-        def of_chunk(logits_nV: Tensor, targets_nH: Tensor) -> Tensor:
-            return self.distance(logits_nV.float(), self.teacher_head.logits(targets_nH))
-
-        chunks = zip(logits_MV.split(CHUNK_ROWS), targets_MH.split(CHUNK_ROWS), strict=True)
-        return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+        return *self.student.head.distance(rows_MD, of_chunk), is_paired_M
 
 
 def paired_rows(batch: PairBatch) -> tuple[Tensor, Tensor]:

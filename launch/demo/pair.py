@@ -57,13 +57,16 @@ STUDENT_TEMPLATE = (
 
 
 def build_pair(texts: Iterable[str], out: Path, seed: int = 0) -> None:
-    """Write out/teacher_init, out/student_init, and out/twin_init: a student of the teacher's
-    family and tokenizer, for baselines that need one. Tokenizers are trained on `texts`."""
+    """Write out/teacher_init and out/student_init; out/twin_init, a student of the teacher's family
+    and tokenizer, for baselines that need one; small_init and large_init, students of other sizes
+    for studies. Tokenizers are trained on `texts`."""
     lines = list(texts)
     torch.manual_seed(seed)
     build_teacher(lines, out / "teacher_init")
     build_student(lines, out / "student_init")
     build_teacher(lines, out / "twin_init", width=64, layers=2)
+    build_student(lines, out / "small_init", width=32, layers=2)
+    build_student(lines, out / "large_init", width=128, layers=3, std=TEACHER_STD)
 
 
 def build_teacher(lines: list[str], folder: Path, *, width: int = 128, layers: int = 3) -> None:
@@ -100,8 +103,10 @@ def build_teacher(lines: list[str], folder: Path, *, width: int = 128, layers: i
     _save(config, processor, folder, ids["<|im_end|>"], ids["<|endoftext|>"])
 
 
-def build_student(lines: list[str], folder: Path, *, width: int = 64, layers: int = 2) -> None:
-    """An InternVL folder with a tied head."""
+def build_student(
+    lines: list[str], folder: Path, *, width: int = 64, layers: int = 2, std: float = STUDENT_STD
+) -> None:
+    """An InternVL folder with a tied head. std: of all matrices."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = _sentencepiece(lines, STUDENT_SPECIAL, Path(scratch), vocab_size=440)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in STUDENT_SPECIAL}
@@ -111,7 +116,7 @@ def build_student(lines: list[str], folder: Path, *, width: int = 64, layers: in
             "model_type": "qwen2", "hidden_size": width, "intermediate_size": 3 * width,
             "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
             "vocab_size": len(tokenizer), "max_position_embeddings": 512,
-            "initializer_range": STUDENT_STD,
+            "initializer_range": std,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": ids["<end>"],
             "pad_token_id": tokenizer.unk_token_id, "tie_word_embeddings": True,

@@ -35,8 +35,8 @@ def test_sharded_load_is_bit_equal(folders, world_size):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_no_rank_holds_more_than_its_share_and_one_tensor(folders, large, world_size):
     sizes = [parameter.numel() * 4 for parameter in skeleton(large).parameters()]
-    arguments = [large, sum(sizes), max(sizes), folders[-1]]
-    output = run_ranks(ROOT / "tests/dist/ranks_memory.py", arguments, world_size)
+    script, arguments = "tests/dist/ranks_memory.py", [large, sum(sizes), max(sizes), folders[-1]]
+    output = run_ranks(ROOT / script, arguments, world_size, is_fresh=True)
     assert output.count("allowed") == 1  # rank 0's; the others check themselves
 
 

@@ -1,0 +1,116 @@
+"""Any distance of the STUDENT's distributions to a target, through its head, in row chunks.
+
+Shapes: M rows, D student width, V student vocabulary, n rows of a chunk.
+
+Where no closed form exists (a sum by bytes, a sort, a transport plan), autograd differentiates the
+distance from a chunk's logits; the head's own gradients are added up here. As in
+linear_cross_entropy.py the weight is ONE input, whatever the number of chunks, all gradients are
+formed in the forward, and no more than a chunk's logits exist at once.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from genrecal_ds.ops.checks import expect
+from genrecal_ds.ops.gemm import add_product_, project_, rows_per_chunk, wide
+from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE
+from genrecal_ds.ops.head_loss.contract import Head
+
+ChunkDistance = Callable[[Tensor, slice], Tensor]  # (logits [n, V] of the rows, these) -> [n]
+MATRICES = 8  # of a chunk's logits' size that a distance may hold, its gradient included
+
+
+def linear_distance(
+    rows_MD: Tensor, head: Head, distance: ChunkDistance, sizes: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sum of the distances, the distances [M] detached), fp32 (fp64 for fp64 rows).
+
+    rows_MD: the head's dtype. The distance gets fp32 logits, the head's transform included; what
+    else it reads is a constant. sizes: rows of each chunk, where some have to stay together;
+    default: as many as the byte budget allows. Rows, weight and bias each get a gradient only if
+    they require one, zeros where no distance depends on them. Raises ValueError naming the
+    argument that does not fit.
+    """
+    rows, width = rows_MD.shape
+    expect("head.weight_VH", head.weight_VH, (head.weight_VH.shape[0], width), rows_MD)
+    expect("rows_MD", rows_MD, (rows, width), head.weight_VH)
+    if head.bias_V is not None:
+        expect("head.bias_V", head.bias_V, (head.weight_VH.shape[0],), rows_MD)
+    if sizes is None:
+        sizes = _sizes(rows, head.weight_VH)
+    elif sum(sizes) != rows:
+        raise ValueError(f"sizes: {sum(sizes)} rows in all, expected {rows}")
+    return _LinearDistance.apply(
+        rows_MD, head.weight_VH, head.bias_V, head, distance, sizes, torch.is_grad_enabled()
+    )
+
+
+class _LinearDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_MD, weight_VD, bias_V, head, distance, sizes, has_grad):
+        # The head comes again for its numbers; its tensors are the inputs that autograd knows.
+        head = head._replace(weight_VH=weight_VD, bias_V=bias_V).without_padding()
+        weight = head.weight_VH
+        # needs_input_grad does not know of no_grad, and in here gradients are always off.
+        wants = [has_grad and needed for needed in ctx.needs_input_grad[:3]]
+        fp, vocabulary = wide(weight), weight.shape[0]
+        distance_M = rows_MD.new_zeros(len(rows_MD), dtype=fp)
+        d_rows = torch.zeros_like(rows_MD) if wants[0] else None
+        d_weight = torch.zeros_like(weight_VD, dtype=fp) if wants[1] else None
+        d_bias = torch.zeros_like(bias_V, dtype=fp) if wants[2] else None
+        start = 0
+        for size in sizes:
+            part = slice(start, start + size)
+            start += size
+            rows = rows_MD[part]
+            products_nV = weight.new_empty(size, vocabulary, dtype=fp)
+            project_(products_nV, rows, weight)
+            distance_M[part], d_nV = _of_chunk(products_nV, head, distance, part, any(wants))
+            if d_nV is None:
+                continue
+            low_nV = d_nV.to(weight.dtype)
+            if d_rows is not None:
+                d_rows[part] = torch.mm(low_nV, weight)
+            if d_weight is not None:
+                add_product_(d_weight[:vocabulary], low_nV, rows)
+            if d_bias is not None:
+                d_bias[:vocabulary] += d_nV.sum(0)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(d_rows, d_weight, d_bias)
+        ctx.mark_non_differentiable(distance_M)
+        return distance_M.sum(), distance_M
+
+    @staticmethod
+    def backward(ctx, grad_sum, _):
+        gradients = [
+            None if gradient is None else (gradient * grad_sum).to(ctx.weight_dtype)
+            for gradient in ctx.saved_tensors
+        ]
+        return *gradients, None, None, None, None
+
+
+def _of_chunk(
+    products_nV: Tensor, head: Head, distance: ChunkDistance, part: slice, has_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(distances [n], their sum's gradient at the products [n, V], None where there is none)."""
+    with torch.set_grad_enabled(has_grad):
+        leaf_nV = products_nV.requires_grad_(has_grad)
+        logits_nV = leaf_nV if head.bias_V is None else leaf_nV + head.bias_V.detach()
+        if head.scale != 1.0:
+            logits_nV = logits_nV * head.scale
+        if head.softcap is not None:
+            logits_nV = head.softcap * torch.tanh(logits_nV / head.softcap)
+        distance_n = distance(logits_nV, part)
+        if not distance_n.requires_grad:
+            return distance_n, None
+        (d_nV,) = torch.autograd.grad(distance_n.sum(), leaf_nV)
+    return distance_n.detach(), d_nV
+
+
+def _sizes(rows: int, weight_VD: Tensor) -> list[int]:
+    kind = "cuda" if weight_VD.is_cuda else "cpu"
+    bytes_per_row = MATRICES * weight_VD.shape[0] * wide(weight_VD).itemsize
+    most = rows_per_chunk(rows, bytes_per_row, CHUNK_BYTES[kind], CHUNK_MULTIPLE[kind])
+    return [min(most, rows - start) for start in range(0, rows, most)]
