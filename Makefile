@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation study test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo ablation study study-gap test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -48,6 +48,23 @@ study: setup ## which arm beats SFT where labels are wrong or few, after `make d
 	$(IN_VENV) .venv/bin/python -m data_tools.collect_responses runs/demo/data/train_wrong \
 		runs/study_ideas/teacher.predictions.jsonl --min-score 0 --out runs/demo/data/teacher_answers
 	$(IN_VENV) $(STUDY) --grid launch/grids/study_ideas.yaml --out runs/study_ideas
+
+# Two other teachers, two other students, the rows of both teachers, then the grids.
+TRAIN := .venv/bin/python launch/train.py
+WRONG := data.train=runs/demo/data/train_wrong
+OTHER_ROWS = teacher.path=runs/demo/$(1)_teacher/learn/student teacher.cache=runs/ablation/rows_$(1)
+study-gap: setup ## weaker teachers, other students, eyes that train; after `make study`: an hour
+	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/weak_teacher \
+		data.train=runs/demo/data/share stages.learn.steps=800
+	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/wrong_teacher $(WRONG)
+	$(IN_VENV) $(TRAIN) launch/recipes/demo/baseline.yaml run_dir=runs/demo/small \
+		student.path=runs/demo/models/small_init
+	$(IN_VENV) $(TRAIN) launch/recipes/demo/baseline.yaml run_dir=runs/demo/large \
+		student.path=runs/demo/models/large_init optimizer.lr=2e-3 stages.see.final_lr=2e-4
+	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,weak)
+	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,wrong)
+	$(IN_VENV) $(STUDY) --grid launch/grids/study_gap.yaml --out runs/study_gap
+	$(IN_VENV) $(STUDY) --grid launch/grids/study_vision.yaml --out runs/study_vision
 
 test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
 	.venv/bin/ruff check .

@@ -1,4 +1,4 @@
-"""Where a run may be started: hostfiles, checked, and this machine's GPUs.
+"""Where a run may be started: hostfiles, checked, this machine's GPUs, a port of its own.
 
 DeepSpeed puts a host into an ssh command line as it stands: a line such as
 `-oProxyCommand=... slots=1` would run a command. So every line must match whole.
@@ -6,6 +6,7 @@ DeepSpeed puts a host into an ssh command line as it stands: a line such as
 
 import os
 import re
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not 0 < len(hosts) <= MAX_HOSTS:
         raise UserError(f"{path}: {len(hosts)} hosts; 1..{MAX_HOSTS} are possible")
     return hosts
+
+
+def free_port() -> int:
+    """For ranks of this machine alone: runs beside each other must not meet on one port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def refuse_shared_devices(places: list[tuple[str, str]]) -> None:

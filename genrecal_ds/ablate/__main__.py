@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from genrecal_ds.ablate import probes, table
 from genrecal_ds.ablate.grid import Grid, Run, claim, load_grid, runs_of
 from genrecal_ds.arguments import positive, share
 from genrecal_ds.errors import UserError
+from genrecal_ds.hosts import free_port
 
 
 def perform(run: Run, grid: Grid, launcher: Sequence[str], num_threads: int) -> str:
@@ -54,12 +54,9 @@ def _seconds(run: Run) -> float:
 
 
 def _command(run: Run, command: list[str], num_threads: int) -> None:
-    with socket.socket() as probe:  # runs beside each other must not meet on one port
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = {
         "OMP_NUM_THREADS": str(num_threads), "PYTHONWARNINGS": "ignore",
-        **os.environ, "MASTER_PORT": str(port),
+        **os.environ, "MASTER_PORT": str(free_port()),
     }  # fmt: skip
     log = run.folder / "output.log"
     with log.open("a") as file:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from genrecal_ds import dist
 from genrecal_ds.config import OptimizerConfig
+from genrecal_ds.hosts import free_port
 
 Module = TypeVar("Module", bound=nn.Module)
 DsConfig = dict[str, Any]
@@ -41,7 +42,8 @@ def start(stall_seconds: float = 1800, dumps: Path | None = None) -> None:
     stall_seconds: of the watchdog; 0 = a collective may wait for a day. dumps: where NCCL's flight
     recorder writes what every rank's collectives were when one of them timed out.
     """
-    for key, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 29500)):
+    port = 29500 if "WORLD_SIZE" in os.environ else free_port()
+    for key, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", port)):
         os.environ.setdefault(key, str(value))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if torch.cuda.is_available():

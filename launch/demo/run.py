@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from genrecal_ds.errors import UserError
+from genrecal_ds.hosts import free_port
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 FOLDER = Path("runs/demo")  # the recipes name it too
@@ -129,7 +129,7 @@ class Demo:
         self._python(["-m", "genrecal_ds.planner.measured", str(cached), str(live)])
 
     def _deepspeed(self) -> list[str]:
-        ranks, port = str(_num_ranks()), str(_free_port())
+        ranks, port = str(_num_ranks()), str(free_port())
         command = str(Path(sys.executable).parent / "deepspeed")
         return [command, "--num_accelerators", ranks, "--master_port", port]
 
@@ -232,13 +232,6 @@ def _num_ranks() -> int:
     import torch
 
     return min(RANKS, torch.cuda.device_count()) if _has_cuda() else RANKS
-
-
-def _free_port() -> int:
-    """Not DeepSpeed's 29500: a second run on this machine would find it taken."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _check(command: list[str]) -> None:

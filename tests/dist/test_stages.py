@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_every_form_of_launch_starts_two_ranks(tmp_path, pair, shards, command):
     record = json.loads((tmp_path / "run/sft/metrics.jsonl").read_text().splitlines()[0])
     assert record["world_size"] == 2
     assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["seed"] == 0
+
+
+def test_runs_without_a_launcher_do_not_meet_on_one_port(tmp_path, pair, shards):
+    """Where torch's and DeepSpeed's usual one is taken, as by another such run."""
+    tree = recipe_tree(tmp_path, pair, shards, stages=[{"kind": "sft", "steps": 1}])
+    recipe = write_recipe(tmp_path / "r.yaml", **tree)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", 29500))
+        other.listen()
+        done = subprocess.run(
+            [sys.executable, "launch/train.py", str(recipe)], env=environment(), cwd=ROOT,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_adapters_resume_bitwise_and_leave_a_plain_student(tmp_path, pair, shards):
