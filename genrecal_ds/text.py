@@ -7,3 +7,8 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
     )
+
+
+def printable_lines(text: str) -> str:
+    """The same, line by line: line breaks stay."""
+    return "\n".join(printable(line) for line in text.split("\n"))

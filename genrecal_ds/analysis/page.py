@@ -1,24 +1,12 @@
-"""analysis.html: figures and tables on one page that loads nothing. Every text is escaped."""
+"""analysis.html: figures and tables on one page."""
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from genrecal_ds.page import html_page, picture_file
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>genrecal_ds: analysis</title>
-<style>
-body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1150px; color: #1f2328 }
-table { border-collapse: collapse; margin: .5em 0 }
-td, th { border: 1px solid #d0d7de; padding: 3px 9px; text-align: left }
-img { max-width: 100% }
-</style>
-<h1>{{ result.run }}</h1>
+_BODY = """
 <p>{{ result.num_samples }} held-out conversations of one turn. Own CE before training: teacher
 {{ "%.3f"|format(result.own_ce.teacher) }}, student {{ "%.3f"|format(result.own_ce.student) }}.</p>
 {% for title, address in figures %}
@@ -33,7 +21,7 @@ img { max-width: 100% }
 <h2>Rows whose nearest neighbour is the other model's</h2>
 <table>{% for place, share in result.nearest_is_of_the_other_model.items() %}
 <tr><td>{{ place }}<td>{{ "%.2f"|format(share) }}</tr>{% endfor %}</table>
-{% if result.calibration %}
+{% if result.calibration is defined %}
 <h2>How sure answers are</h2>
 <table><tr><th>model<th>ECE<th>confidence when right<th>when wrong<th>n</tr>
 {% for name, c in result.calibration.items() %}
@@ -46,17 +34,11 @@ img { max-width: 100% }
 <tr><td>{{ kind }}<td>{% for outcome, count in outcomes.items() %}{{ outcome }}: {{ count }}
 {% endfor %}</tr>{% endfor %}</table>
 {% endif %}
-</html>
 """
 
 
 def write_page(result: Mapping[str, Any], titles: Mapping[str, str], out: Path) -> None:
     """titles: of the PNG files in out that are shown, in order."""
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
-    shown = [(title, data_address(out / name)) for name, title in titles.items()]
-    page = template.from_string(_PAGE).render(result=result, figures=shown)
+    shown = [(title, picture_file(out / name)) for name, title in titles.items()]
+    page = html_page(str(result["run"]), _BODY, result=result, figures=shown)
     (out / "analysis.html").write_text(page)
-
-
-def data_address(png: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"

@@ -1,8 +1,5 @@
 """A run's report: report.json, a table in the terminal, one HTML page without external loads."""
 
-import base64
-import html
-import io
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from genrecal_ds.analysis.page import data_address
+from genrecal_ds.analysis.report_page import Series, line_chart, report_page
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
+from genrecal_ds.page import picture, picture_file
 
 NUM_EXAMPLES = 24
-COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")
 # One chart each: title, stages of the run, metrics
 CHARTS = (
     ("Align: CE through the teacher's head", ("align",), ("ar_boundary", "ar_other",
@@ -55,7 +52,7 @@ def write_report(
     curves = {stage: read_log(run / "genrecal" / stage) for stage in ("align", "distill", "sft")}
     answers = read_answers(run / "scores", ["teacher", *students], "heldout")
     pictures = _pictures(run / "data/heldout", answers)
-    figures = [data_address(path) for path in sorted((run / "figures").glob("*.png"))]
+    figures = [picture_file(path) for path in sorted((run / "figures").glob("*.png"))]
     (run / "report.html").write_text(render(report, curves, answers, pictures, figures))
     return report
 
@@ -121,112 +118,34 @@ def _cell(score: dict[str, Any], with_interval: bool = False) -> str:
 
 
 def render(
-    report: dict[str, Any], curves: dict[str, list[dict]], answers: list[dict[str, Any]],
+    report: dict[str, Any], curves: dict[str, list[dict]], answers: Sequence[dict[str, Any]],
     pictures: dict[int, list[str]], figures: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The page. Every text from data or models is escaped; pictures are data: addresses."""
+    """The page. pictures: data: addresses by the sample's number."""
+    kinds = [kind for kind in report["teacher"] if kind != "overall"]
+    scores = [
+        (name, [_cell(scores["overall"], True), *(_cell(scores[kind]) for kind in kinds)])
+        for name, scores in _models(report)
+    ]
     charts = [
         line_chart(title, _series(curves, stages, metrics)) for title, stages, metrics in CHARTS
     ]
-    seconds = "".join(
-        f"<tr><td>{html.escape(name)}<td>{value:.0f}" for name, value in report["seconds"].items()
-    )
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    return _PAGE.format(
-        scores=_score_table(report),
-        charts="".join(chart for chart in charts if chart),
-        probes=_probe_tables(report["probes"]),
-        tables="".join(map(_arms_tables, report.get("tables", []))),
-        figures="".join(f'<p><img src="{address}" alt="">' for address in figures),
-        examples="".join(_example(record, pictures) for record in answers[:NUM_EXAMPLES]),
-        seconds=seconds,
-        versions=html.escape(versions),
-    )
+    examples = [
+        record | {"pictures": pictures.get(record["number"], [])}
+        for record in answers[:NUM_EXAMPLES]
+    ]
+    return report_page(report, scores, [chart for chart in charts if chart], figures, examples)
 
 
-def _score_table(report: dict[str, Any]) -> str:
-    kinds = [kind for kind in report["teacher"] if kind != "overall"]
-    head = "".join(f"<th>{html.escape(k)}" for k in ("model", "overall [95 % interval]", *kinds))
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}<td>{_cell(scores['overall'], True)}"
-        + "".join(f"<td>{_cell(scores[kind])}" for kind in kinds)
-        for name, scores in _models(report)
-    )
-    return f"<table><tr>{head}{rows}</table>"
-
-
-def _probe_tables(probes: dict[str, Any]) -> str:
-    parts = []
-    for stage, values in probes.items():
-        names = list(values["q_s"]["true"])
-        head = "".join(f"<th>{html.escape(name)}" for name in ("q_s", *names))
-        rows = "".join(
-            f"<tr><td>{html.escape(state)}" + "".join(f"<td>{row[n]:.4f}" for n in names)
-            for state, row in values["q_s"].items()
-        )
-        norms = ", ".join(f"{name} {norm:.4f}" for name, norm in values["gradient_norm"].items())
-        cosine = values["cosine"]
-        parts.append(
-            f"<h3>after {html.escape(stage)}</h3><table><tr>{head}{rows}</table>"
-            f"<p>Gradient norm at the student's hidden states: {html.escape(norms)}. "
-            f"Cosine of boundary rows, mixed against regular: diagonal "
-            f"{cosine['diagonal']:.2f}, off-diagonal {cosine['off_diagonal']:.2f}.</p>"
-        )
-    return "".join(parts)
-
-
-def _arms_tables(tables: dict[str, list[dict[str, Any]]]) -> str:
-    """Those of genrecal_ds.ablate, a partial one said to be so."""
-    parts = []
-    for title, rows in tables.items():
-        if "scores" not in rows[0]:  # of probes
-            continue
-        done, asked = sum(len(row["scores"]) for row in rows), sum(r["num_seeds"] for r in rows)
-        partial = "" if done == asked else f" (partial: {done} of {asked} runs)"
-        parts.append(f"<h3>{html.escape(title + partial)}</h3><table><tr><th>arm<th>by seed"
-                     f"<th>minus {html.escape(rows[0]['arm'])} [95 %]")  # fmt: skip
-        for row in rows:
-            by_seed = " ".join(f"{score:.3f}" for _, score in sorted(row["scores"].items()))
-            paired = row["paired"]
-            difference = "" if paired is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*paired)
-            parts.append(f"<tr><td>{html.escape(row['arm'])}<td>{by_seed}<td>{difference}")
-        parts.append("</table>")
-    return "".join(parts)
-
-
-def _example(record: dict[str, Any], pictures: dict[int, list[str]]) -> str:
-    images = "".join(f'<img src="{src}" alt="">' for src in pictures.get(record["number"], []))
-    rows = "".join(
-        f'<tr class="{"right" if correct else "wrong"}"><td>{html.escape(model)}'
-        f"<td>{html.escape(prediction)}"
-        for model, (prediction, correct) in record["predictions"].items()
-    )
-    return (
-        f"<figure>{images}<figcaption><b>{html.escape(record['question'])}</b><br>"
-        f"gold: {html.escape(record['gold'])}</figcaption><table>{rows}</table></figure>"
-    )
-
-
-def _pictures(shards: Path, answers: list[dict[str, Any]]) -> dict[int, list[str]]:
-    """data: addresses of the pictures of the shown examples."""
+def _pictures(shards: Path, answers: Sequence[dict[str, Any]]) -> dict[int, list[str]]:
+    """Of the shown examples."""
     reader = ShardReader(ShardIndex.load(shards))
-    found = {}
-    for record in answers[:NUM_EXAMPLES]:
-        addresses = []
-        for image in reader.read(record["number"]).images:
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            code = base64.b64encode(buffer.getvalue()).decode("ascii")
-            addresses.append(f"data:image/png;base64,{code}")
-        found[record["number"]] = addresses
-    return found
-
-
-Series = dict[str, list[tuple[int, float]]]
+    numbers = [record["number"] for record in answers[:NUM_EXAMPLES]]
+    return {number: [picture(image) for image in reader.read(number).images] for number in numbers}
 
 
 def _series(curves: dict[str, list[dict]], stages: Sequence[str], metrics: Sequence[str]) -> Series:
-    """{metric: [(step, value)]}, the stages one after the other."""
+    """The stages one after the other."""
     series: Series = {metric: [] for metric in metrics}
     offset = 0
     for stage in stages:
@@ -237,60 +156,3 @@ def _series(curves: dict[str, list[dict]], stages: Sequence[str], metrics: Seque
                     series[metric].append((offset + record["step"], record["metrics"][metric]))
         offset += records[-1]["step"] if records else 0
     return {metric: points for metric, points in series.items() if points}
-
-
-def line_chart(title: str, series: Series, width: int = 520, height: int = 220) -> str:
-    """An inline SVG with a legend; empty for no series."""
-    if not series:
-        return ""
-    points = [point for line in series.values() for point in line]
-    most_x = max(x for x, _ in points)
-    low = min(0.0, min(y for _, y in points))
-    high = max(y for _, y in points)
-    span = (high - low) or 1.0
-
-    def place(x: int, y: float) -> str:
-        return f"{40 + (width - 50) * x / most_x:.1f},{10 + (height - 30) * (high - y) / span:.1f}"
-
-    lines, legend = [], []
-    for (name, line), color in zip(series.items(), COLORS, strict=False):
-        path = " ".join(place(x, y) for x, y in line)
-        lines.append(f'<polyline fill="none" stroke="{color}" points="{path}"/>')
-        legend.append(f'<span style="color:{color}">{html.escape(name)}</span>')
-    axis = (
-        f'<text x="2" y="16">{high:.3g}</text><text x="2" y="{height - 18}">{low:.3g}</text>'
-        f'<text x="{width - 40}" y="{height - 4}">{most_x}</text>'
-    )
-    return (
-        f"<figure><figcaption>{html.escape(title)}<br>{' &middot; '.join(legend)}</figcaption>"
-        f'<svg viewBox="0 0 {width} {height}" width="{width}">{axis}{"".join(lines)}</svg></figure>'
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>genrecal_ds: report</title>
-<style>
-body {{ font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 1150px; color: #1f2328 }}
-table {{ border-collapse: collapse; margin: .5em 0 }}
-td, th {{ border: 1px solid #d0d7de; padding: 3px 9px; text-align: left }}
-figure {{ display: inline-block; vertical-align: top; margin: 0 1em 1em 0 }}
-p img {{ max-width: 100% }}
-figure img {{ image-rendering: pixelated; width: 128px }}
-svg text {{ font-size: 11px; fill: #57606a }}
-.right td {{ color: #1a7f37 }} .wrong td {{ color: #d1242f }}
-</style>
-<h1>genrecal_ds: report</h1>
-<h2>Held-out handwriting</h2>{scores}
-<h2>Curves</h2>{charts}
-<h2>Where the student's knowledge enters</h2>
-<p>The mixed pass with the student's question states q_s as they are, of another sample, and zeroed.
-Only boundary rows (the last question row) can tell the difference.</p>{probes}
-<h2>Figures</h2>{figures}
-<h2>Arms over seeds</h2>{tables}
-<h2>Examples, the last model's errors first</h2>{examples}
-<h2>Seconds</h2><table>{seconds}</table><p>{versions}</p>
-</html>
-"""

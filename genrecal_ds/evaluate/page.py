@@ -3,57 +3,41 @@
     python -m genrecal_ds.evaluate.page SHARDS RESULT.json [RESULT.json ...] --out page.html
 
 Results are those of genrecal_ds.evaluate on the same shards. What the last one has wrong comes
-first, among those what another has right. Everything from data and models is escaped, and the
-page's policy forbids scripts and any load from elsewhere.
+first, among those what another has right.
 """
 
 import argparse
-import base64
-import io
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from PIL import Image
-
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
-from genrecal_ds.text import printable
+from genrecal_ds.page import html_page, picture
+from genrecal_ds.text import printable, printable_lines
 
 THUMBNAIL = 320  # pixels of the longer side
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Answers</title>
-<style>
-body { font: 14px system-ui, sans-serif; margin: 1.5em; color: #1f2328; }
-article { border: 1px solid #d0d7de; border-radius: 6px; padding: .7em; margin: 1em 0;
- display: flex; gap: 1em; overflow-wrap: anywhere; }
-img { max-width: 320px; } p { margin: .3em 0; white-space: pre-wrap; }
-table { border-collapse: collapse; } td, th { padding: .2em .6em; text-align: left; }
-.right { color: #1a7f37; } .wrong { color: #d1242f; } .partly { color: #9a6700; }
-small { color: #57606a; }
-</style></head><body>
-<h1>Answers</h1>
-<table><tr><th>result<th>score<th>95 %<th>n</tr>
+_STYLE = """
+article { margin: 1em 0; display: flex; gap: 1em } p { white-space: pre-wrap }
+img { max-width: 320px } article td { border: 0 }
+"""
+_BODY = """<table><tr><th>result<th>score<th>95 %<th>n</tr>
 {% for name, score in results %}<tr><td>{{ name }}<td>{{ "%.3f"|format(score.score) }}
 <td>{{ "%.3f"|format(score.low) }} to {{ "%.3f"|format(score.high) }}<td>{{ score.n }}</tr>
 {% endfor %}</table>
 <p><small>{{ cards|length }} of {{ total }} samples: the last result's errors first.</small></p>
 {% for card in cards %}<article><div>
-{% for jpeg in card.pictures %}<img alt="" src="data:image/jpeg;base64,{{ jpeg }}">{% endfor %}
+{% for address in card.pictures %}<img alt="" src="{{ address }}">{% endfor %}
 </div><div><small>{{ card.head }}</small><p>{{ card.question }}</p>
 <p>gold: {{ card.gold }}</p><table>
 {% for name, answer, word, score in card.answers %}<tr class="{{ word }}"><td>{{ name }}
 <td>{{ answer }}<td>{{ "%.2f"|format(score) }}</tr>
 {% endfor %}</table></div></article>
-{% endfor %}</body></html>
+{% endfor %}
 """
 
 
@@ -66,14 +50,11 @@ def page(shards: Path, results: Sequence[Path], most: int) -> str:
     rows = [[lines[number] for _, lines in read] for number in range(length)]
     order = sorted(range(length), key=lambda number: _rank([row["score"] for row in rows[number]]))
     cards = [_card(reader, number, names, rows[number]) for number in order[:most]]
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(_PAGE).render(
-        results=[
-            (n, result["scores"]["overall"]) for n, (result, _) in zip(names, read, strict=True)
-        ],
-        cards=cards,
-        total=length,
-    )
+    scores = [result["scores"]["overall"] for result, _ in read]
+    return html_page(
+        "Answers", _BODY, _STYLE, cards=cards, total=length,
+        results=list(zip(names, scores, strict=True)),
+    )  # fmt: skip
 
 
 def _rank(scores: list[float]) -> tuple[float, float]:
@@ -105,26 +86,19 @@ def _card(
     words = {1: "right", 0: "wrong"}
     return {
         "head": printable(f"{first['key']} {first['kind']}"),
-        "pictures": [_thumbnail(image) for image in reader.read(number).images],
-        "question": _shown(first["question"]),
-        "gold": _shown(", ".join(dict.fromkeys(first["answers"]))),
+        "pictures": [picture(image, THUMBNAIL) for image in reader.read(number).images],
+        "question": printable_lines(first["question"]),
+        "gold": printable_lines(", ".join(dict.fromkeys(first["answers"]))),
         "answers": [
-            (name, _shown(row["prediction"]), words.get(row["score"], "partly"), row["score"])
+            (
+                name,
+                printable_lines(row["prediction"]),
+                words.get(row["score"], "partly"),
+                row["score"],
+            )
             for name, row in zip(names, rows, strict=True)
         ],
     }
-
-
-def _shown(text: str) -> str:
-    return "\n".join(printable(line) for line in text.split("\n"))
-
-
-def _thumbnail(image: Image.Image) -> str:
-    small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,7 +68,7 @@ def test_page_escapes_every_name(tmp_path):
     }  # fmt: skip
     write_page(result, {"a.png": evil}, tmp_path)
     page = (tmp_path / "analysis.html").read_text()
-    assert "<script" not in page and page.count("&lt;script&gt;") == 10
+    assert "<script" not in page and page.count("&lt;script&gt;") == 11
     assert "default-src 'none'" in page
 
 

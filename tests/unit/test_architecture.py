@@ -24,6 +24,7 @@ DATA_TOOLS_MAY_IMPORT = (
     "genrecal_ds.errors",
     "genrecal_ds.models.chat",
     "genrecal_ds.models.processors",
+    "genrecal_ds.page",
     "genrecal_ds.text",
 )
 

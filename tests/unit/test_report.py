@@ -3,7 +3,8 @@
 import pytest
 from rich.console import Console
 
-from genrecal_ds.analysis.report import line_chart, markdown_table, print_table, render
+from genrecal_ds.analysis.report import markdown_table, print_table, render
+from genrecal_ds.analysis.report_page import line_chart
 from genrecal_ds.errors import UserError
 from genrecal_ds.evaluate.metrics import scores_by_kind
 from launch.demo.run import STUDENTS, require_lead
@@ -62,8 +63,9 @@ def test_tables_hold_every_model(capsys):
 
 
 def test_charts_of_nothing_and_of_constants():
-    assert line_chart("x", {}) == ""
-    assert "nan" not in line_chart("x", {"loss": [(1, 0.0), (2, 0.0)]})
+    assert line_chart("x", {}) is None
+    chart = line_chart("x", {"loss": [(1, 0.0), (2, 0.0)]})
+    assert chart is not None and "nan" not in chart["lines"][0]["points"]
 
 
 def test_gate_wants_a_lead_and_disjoint_intervals():
