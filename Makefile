@@ -9,6 +9,8 @@ SHELL := /bin/bash
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 CHOSEN_PYTHON := $(or $(PYTHON),python3)
 EXTRAS := molmo2 or mistral3 or llava_pixtral or lfm2_vl or phi4_multimodal or 8_bits
+# Files beside each other; tests of several ranks have the cores to themselves.
+BESIDE := -n logical --maxprocesses 8 --dist loadfile
 MODEL_TESTS := tests/unit/models
 TESTS := not gpu and not cluster$(if $(SLOW),, and not slow)
 
@@ -69,7 +71,8 @@ study-gap: setup ## weaker teachers, other students, eyes that train; after `mak
 test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
 	.venv/bin/ruff check .
 	.venv/bin/python -m mypy
-	$(IN_VENV) .venv/bin/python -m pytest -m '$(TESTS)'
+	$(IN_VENV) .venv/bin/python -m pytest -m '$(TESTS) and not dist' $(BESIDE)
+	$(IN_VENV) .venv/bin/python -m pytest -m '$(TESTS) and dist'
 
 # torchvision and torchao change what transformers does once they can be imported, so they lie
 # apart and the rest of the suite runs without them.

@@ -26,6 +26,7 @@ DEVELOPMENT = [
     "pyarrow",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "ruff",
     "scikit-learn",
     "scipy",
