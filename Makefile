@@ -56,8 +56,9 @@ TRAIN := .venv/bin/python launch/train.py
 WRONG := data.train=runs/demo/data/train_wrong
 OTHER_ROWS = teacher.path=runs/demo/$(1)_teacher/learn/student teacher.cache=runs/ablation/rows_$(1)
 study-gap: setup ## weaker teachers, other students, eyes that train; after `make study`: an hour
+	$(IN_VENV) $(DIGITS) --num-samples 16000 --seed 7 --out runs/demo/data/other
 	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/weak_teacher \
-		data.train=runs/demo/data/share stages.learn.steps=800
+		data.train=runs/demo/data/other stages.learn.steps=900
 	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/wrong_teacher $(WRONG)
 	$(IN_VENV) $(TRAIN) launch/recipes/demo/baseline.yaml run_dir=runs/demo/small \
 		student.path=runs/demo/models/small_init

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from genrecal_ds.ops.head_loss import Head, cache_teacher, head_loss
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
+from genrecal_ds.ops.linear_distance import linear_distance
 from genrecal_ds.ops.token_align import token_align
 
 pytestmark = [
@@ -78,6 +79,23 @@ def test_linear_cross_entropy_with_a_trained_head(numbers):
     total, _ = linear_cross_entropy(low, labels, Head(low_weight), torch.ones(N, device=CUDA))
     total.backward()
     assert error(low.grad, true.grad) < 4e-3 and error(low_weight.grad, true_weight.grad) < 4e-3
+
+
+def test_linear_distance_with_a_trained_head(numbers):
+    rows, teacher, _, weight = numbers
+    low, low_weight = rows[0].bfloat16(), weight.bfloat16()
+    targets = (teacher @ weight.T).softmax(-1)
+
+    def to_targets(logits, part):
+        return -(targets[part].to(logits.dtype) * logits.log_softmax(-1)).sum(-1)
+
+    true, true_weight = low.double().requires_grad_(), low_weight.double().requires_grad_()
+    to_targets(true @ true_weight.T, slice(None)).sum().backward()
+    low.requires_grad_()
+    low_weight.requires_grad_()
+    total, _ = linear_distance(low, Head(low_weight), to_targets)
+    total.backward()
+    assert error(low.grad, true.grad) < 1e-2 and error(low_weight.grad, true_weight.grad) < 1e-2
 
 
 def test_offsets_beyond_32_bits():

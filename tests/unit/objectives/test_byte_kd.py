@@ -66,6 +66,26 @@ def test_a_batch_that_shares_nothing_still_has_a_gradient(setting):
         batch._replace(shared_bytes=nothing), setting.rows(batch), Totals(1.0, 1.0)
     )
     loss.backward()
-    assert float(loss) == 0 and "kd" not in report.reduce()
+    assert float(loss.detach()) == 0 and "kd" not in report.reduce()
     assert all(p.grad is not None for p in objective.student.head.parameters())
+    objective.zero_grad()
+
+
+def test_chunks_of_rows_change_nothing(setting, monkeypatch):
+    batch, objective = setting.aligned(), setting.objective
+    rows = setting.rows(batch)
+
+    def loss_and_gradient():
+        objective.zero_grad()
+        loss, report = objective(batch, rows, Totals(1.0, 1.0))
+        loss.backward()
+        return loss.detach(), report.reduce(), objective.student.head.weight.grad.clone()
+
+    whole = loss_and_gradient()
+    monkeypatch.setattr("genrecal_ds.ops.linear_distance.CHUNK_BYTES", {"cpu": 0})
+    assert len(batch.student.rows_M) > 32  # of 16 rows
+    in_chunks = loss_and_gradient()
+    torch.testing.assert_close(in_chunks[0], whole[0])
+    assert in_chunks[1] == pytest.approx(whole[1], rel=1e-5)
+    torch.testing.assert_close(in_chunks[2], whole[2], rtol=1e-4, atol=1e-5)
     objective.zero_grad()

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_distance import linear_distance
@@ -124,9 +125,18 @@ def test_without_gradient_none_is_formed():
         assert not torch.is_grad_enabled()
         return to_target(target)(logits, part)
 
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         total, _ = linear_distance(leaves[0], Head(*leaves[1:]), distance)
-    assert not total.requires_grad
+    assert counter.get_total_flops() == 2 * M * V * D and not total.requires_grad
+
+
+@pytest.mark.parametrize(("is_trained", "products"), [(True, 3), (False, 2)])
+def test_products_of_the_head(is_trained, products):
+    rows, weight, _, target = make()
+    head = Head(weight.requires_grad_(is_trained))
+    with FlopCounterMode(display=False) as counter:
+        linear_distance(rows.requires_grad_(), head, to_target(target))[0].backward()
+    assert counter.get_total_flops() == products * 2 * M * V * D
 
 
 def test_what_does_not_fit_is_named():
