@@ -3,6 +3,7 @@
 Shapes: B conversations, S student length, D student width, M student loss rows.
 """
 
+import torch
 from torch import Tensor, nn
 
 from genrecal_ds.config import LossConfig
@@ -15,10 +16,14 @@ from genrecal_ds.objectives import TeacherRows, Totals
 def student_ce(
     student: VLM, hidden_BSD: Tensor, batch: StudentBatch, losses: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """(weighted CE sum, CE per row [M] detached) of the student's own answer tokens."""
+    """(weighted CE sum, CE per row [M] detached) of the student's own answer tokens.
+
+    With a weight of 0 it is only measured: one product of the head, no gradient.
+    """
     rows_MD = hidden_BSD.flatten(0, 1).index_select(0, batch.rows_M)
     weights_M = losses.student_ce * (1.0 + losses.first_token_ce * batch.boundary_M.float())
-    return student.head.cross_entropy(rows_MD, batch.labels_M, weights_M)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and losses.student_ce > 0):
+        return student.head.cross_entropy(rows_MD, batch.labels_M, weights_M)
 
 
 class Supervised(nn.Module):

@@ -23,6 +23,7 @@ class Reference:
     pieces: tuple[list, list] | None = None  # bytes of the teacher's and the student's tokens
     answers: str = "teacher"  # whose rows a pass reads, or "embeddings"
     boundary_weight: float = 1.0
+    ce_weight: float = 1.0  # of the student's own
 
     def hidden(self, model: torch.nn.Module, chat) -> torch.Tensor:
         """[T, width] of one conversation."""
@@ -46,7 +47,7 @@ class Reference:
             with torch.set_grad_enabled(self.stage != "align"):
                 z_s = self.hidden(self.student, pair.student)
             if self.stage != "align":
-                total = total + self.student_ce(z_s, pair.student) / student_tokens
+                total = total + self.ce_weight * self.student_ce(z_s, pair.student) / student_tokens
             if pair.teacher is not None:
                 teacher_tokens += sum(end - start for start, end in pair.teacher.answers)
         if self.stage == "mot":

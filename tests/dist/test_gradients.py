@@ -28,6 +28,7 @@ STAGES = {
     "student's rows": {"kind": "distill", "answers": {"rows": "student"}},
     "both rows": {"kind": "distill", "answers": {"rows": "both"}},
     "embeddings": {"kind": "distill", "answers": {"embeddings": 1.0}},
+    "byte_kd alone": {"kind": "byte_kd", "losses": {"student_ce": 0.0}},
     "boundary": {"kind": "distill", "losses": {"boundary_weight": 3.0}},
 }
 
@@ -130,6 +131,7 @@ def reference_of(stage, teacher, student, encoders, number, part, result):
     reference = Reference(
         teacher, student, recalibrator, kind, projection, pieces, answers,
         stage.losses.boundary_weight,
+        stage.losses.student_ce,
     )  # fmt: skip
     return reference, parameters
 
@@ -162,7 +164,7 @@ LEAN = {"pack": True, "gradient_checkpointing": True}
      ("mot", "student_init", "replicated", {}, LEAN),
      ("dskd", "student_untied", "vocab_parallel", {}, {}),
      ("byte_kd", "student_init", "replicated", {}, LEAN),
-     ("byte_kd", "student_untied", "replicated", {"placement": "replica"}, {}),
+     ("byte_kd alone", "student_untied", "replicated", {"placement": "replica"}, {}),
      ("student's rows", "student_init", "replicated", {}, LEAN),
      ("both rows", "student_untied", "vocab_parallel", PACK, {}),
      ("embeddings", "student_init", "gathered", {}, {}),

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from genrecal_ds.config import LossConfig
 from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.batch import Alignment, collate
+from genrecal_ds.metrics import Report
 from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import load_vlm
 from genrecal_ds.objectives import Totals
@@ -69,6 +71,27 @@ def test_a_batch_that_shares_nothing_still_has_a_gradient(setting):
     assert float(loss.detach()) == 0 and "kd" not in report.reduce()
     assert all(p.grad is not None for p in objective.student.head.parameters())
     objective.zero_grad()
+
+
+def test_labels_without_weight_are_measured_and_cost_no_gradient(setting):
+    batch, objective = setting.aligned(), setting.objective
+    products = {}
+    width, vocabulary = objective.student.head.in_features, objective.student.head.out_features
+    one = 2 * len(batch.student.rows_M) * width * vocabulary
+    for weight in (0.0, 1.0):
+        objective.losses = LossConfig(student_ce=weight)
+        objective.zero_grad()
+        with torch.no_grad():
+            hidden = objective.student.body(*batch.student.inputs)
+        with FlopCounterMode(display=False) as counter:
+            loss = objective.student_loss(hidden, batch, Totals(1.0, 1.0), report := Report())
+            if weight:
+                loss.backward()
+        assert report.reduce()["student_ce_other"] > 0 and loss.requires_grad == bool(weight)
+        products[weight] = counter.get_total_flops() / one
+    objective.losses = LossConfig(student_ce=0.0)
+    objective.zero_grad()
+    assert products == {0.0: 1.0, 1.0: 2.0}  # rows need no gradient here, or one more
 
 
 def test_chunks_of_rows_change_nothing(setting, monkeypatch):
