@@ -51,12 +51,14 @@ study: setup ## which arm beats SFT where labels are wrong or few, after `make d
 		runs/study_ideas/teacher.predictions.jsonl --min-score 0 --out runs/demo/data/teacher_answers
 	$(IN_VENV) $(STUDY) --grid launch/grids/study_ideas.yaml --out runs/study_ideas
 
-# Two other teachers, two other students, the rows of both teachers, then the grids.
+# Three other teachers, two other students, the rows of these teachers, then the grids.
 TRAIN := .venv/bin/python launch/train.py
 WRONG := data.train=runs/demo/data/train_wrong
 OTHER_ROWS = teacher.path=runs/demo/$(1)_teacher/learn/student teacher.cache=runs/ablation/rows_$(1)
 study-gap: setup ## weaker teachers, other students, eyes that train; after `make study`: an hour
 	$(IN_VENV) $(DIGITS) --num-samples 16000 --seed 7 --out runs/demo/data/other
+	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/other_teacher \
+		data.train=runs/demo/data/other
 	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/weak_teacher \
 		data.train=runs/demo/data/other stages.learn.steps=900
 	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/wrong_teacher $(WRONG)
@@ -64,6 +66,7 @@ study-gap: setup ## weaker teachers, other students, eyes that train; after `mak
 		student.path=runs/demo/models/small_init
 	$(IN_VENV) $(TRAIN) launch/recipes/demo/baseline.yaml run_dir=runs/demo/large \
 		student.path=runs/demo/models/large_init optimizer.lr=2e-3 stages.see.final_lr=2e-4
+	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,other)
 	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,weak)
 	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,wrong)
 	$(IN_VENV) $(STUDY) --grid launch/grids/study_gap.yaml --out runs/study_gap

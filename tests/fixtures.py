@@ -1,5 +1,6 @@
 """What several test files need: the tiny pair, digit shards, and a way to run ranks."""
 
+import atexit
 import json
 import os
 import subprocess
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import torch
 import yaml
 
-from tests.forked_ranks import Rank, ask, start
+from tests.forked_ranks import Rank, RankServers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,8 +116,9 @@ def run_ranks(
 ) -> str:
     """Run a script on world_size ranks and return rank 0's output.
 
-    Ranks are forks of a process that has done the imports; those with an environment of their own
-    are not, nor with `is_fresh`, for scripts that measure a process's memory.
+    Ranks are forks of processes that have done the imports; those with an environment of their own
+    are not, nor with `is_fresh`, for scripts that measure a process's memory, nor beside a GPU,
+    which a fork cannot use.
 
     The timeout is the guard against hangs: a rank that waits in a collective for one that
     never comes fails the test instead of blocking the suite. All ranks are ended with it.
@@ -131,14 +134,14 @@ def run_ranks(
     command = [str(script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{rank}.txt" for rank in range(world_size)]
-        if env or is_fresh:
+        if env or is_fresh or torch.cuda.is_available():
             codes = _run_fresh(command, environments, files, timeout)
         else:
             ranks = [
-                Rank(command[0], command[1:], own, str(file))
+                Rank(command[0], command[1:], own, str(file), timeout)
                 for own, file in zip(environments, files, strict=True)
             ]
-            codes = ask(_rank_server(), ranks, timeout)
+            codes = _rank_servers().run(ranks)
         outputs = [file.read_text(errors="replace") for file in files]
     for rank, code in enumerate(codes):
         assert code == 0, f"rank {rank}: exit {code}\n{outputs[rank]}"
@@ -146,8 +149,10 @@ def run_ranks(
 
 
 @cache
-def _rank_server() -> subprocess.Popen:
-    return start(environment(), str(ROOT))
+def _rank_servers() -> RankServers:
+    servers = RankServers(environment(), str(ROOT))
+    atexit.register(servers.stop)
+    return servers
 
 
 def _run_fresh(

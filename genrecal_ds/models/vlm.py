@@ -77,10 +77,17 @@ class LanguageHead(nn.Linear):
         )
 
     def distance(
-        self, rows_ND: Tensor, distance: ChunkDistance, sizes: Sequence[int] | None = None
+        self,
+        rows_ND: Tensor,
+        distance: ChunkDistance,
+        sizes: Sequence[int] | None = None,
+        teacher_vocabulary: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(sum, distance per row [N]); see ops/linear_distance.py."""
-        return self(rows_ND, lambda rows, head: linear_distance(rows, head, distance, sizes))
+        return self(
+            rows_ND,
+            lambda rows, head: linear_distance(rows, head, distance, sizes, teacher_vocabulary),
+        )
 
     def logits(self, rows: Tensor) -> Tensor:
         """What the model says of rows [.., D]: its transform included."""

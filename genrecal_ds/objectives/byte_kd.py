@@ -57,7 +57,9 @@ class ByteKD(StudentKD):
             kl_I = next_byte_kl(teacher_IC, student_IC)
             return kl_I.new_zeros(len(logits_nV)).index_add(0, at.row, kl_I)
 
-        return *self.student.head.distance(rows_MD, of_chunk), is_taught_M
+        columns = len(self.teacher_head.head.weight_VH)
+        distance = self.student.head.distance(rows_MD, of_chunk, teacher_vocabulary=columns)
+        return *distance, is_taught_M
 
     def _boundaries(self, batch: PairBatch) -> tuple[Boundaries, Boundaries]:
         """(teacher's, student's), without those deeper in a token than the tables go."""

@@ -236,9 +236,11 @@ class GenRecal(nn.Module):
                     (gradient,) = torch.autograd.grad(term, leaf_BSD, retain_graph=True)
                     square = (gradient.float() / totals.teacher_rows).square().sum()
                     report.norms[f"gradient/{name}_{rows}"] = square
-            ce_sum, _ = student_ce(self.student, leaf_BSD, batch.student, self.losses)
-            (gradient,) = torch.autograd.grad(ce_sum, leaf_BSD)
-            square = (gradient.float() / totals.student_rows).square().sum()
+            square = leaf_BSD.new_zeros((), dtype=torch.float32)
+            if self.losses.student_ce:  # else it is measured without a gradient
+                ce_sum, _ = student_ce(self.student, leaf_BSD, batch.student, self.losses)
+                (gradient,) = torch.autograd.grad(ce_sum, leaf_BSD)
+                square = (gradient.float() / totals.student_rows).square().sum()
             report.norms["gradient/student_ce"] = square
 
 

@@ -48,15 +48,20 @@ class MultiLevelOT(StudentKD):
         is_taught_M = batch.student.labels_M != IGNORE
         student_sizes = _rows_of(batch.student.rows_M, batch.student.inputs.input_ids)
         teacher_sizes = _rows_of(batch.teacher.targets_N, batch.teacher.inputs.input_ids)
+        starts = accumulate(student_sizes, initial=0)
         ends = accumulate(teacher_sizes)
-        teachers = iter([slice(end - n, end) for n, end in zip(teacher_sizes, ends, strict=True)])
+        theirs = {
+            start: slice(end - n, end)
+            for start, size, end, n in zip(starts, student_sizes, ends, teacher_sizes, strict=False)
+            if size
+        }  # of the conversation whose student rows start there
 
         def of_conversation(logits_mV: Tensor, part: slice) -> Tensor:
-            """Chunks are conversations, in their order."""
-            theirs = next(teachers)
+            """Chunks are conversations."""
+            rows = theirs.get(part.start, slice(0, 0))
             distance_m = self._of_conversation(
-                logits_mV, teacher_rows.targets_NH[theirs],
-                index_M[part] - theirs.start, is_paired_M[part],
+                logits_mV, teacher_rows.targets_NH[rows], index_M[part] - rows.start,
+                is_paired_M[part],
             )  # fmt: skip
             return distance_m * is_taught_M[part]
 

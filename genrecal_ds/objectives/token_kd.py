@@ -140,7 +140,9 @@ class TokenKD(StudentKD):
             teacher_nW = self.teacher_head.logits(targets_MH[part])
             return self.distance(logits_nV, teacher_nW) * is_paired_M[part]
 
-        return *self.student.head.distance(rows_MD, of_chunk), is_paired_M
+        columns = len(self.teacher_head.head.weight_VH)
+        distance = self.student.head.distance(rows_MD, of_chunk, teacher_vocabulary=columns)
+        return *distance, is_paired_M
 
 
 def paired_rows(batch: PairBatch) -> tuple[Tensor, Tensor]:

@@ -105,6 +105,7 @@ class Demo:
         temporary = self.folder / "models.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         build_pair(texts, temporary)
+        shutil.rmtree(self.folder / "models", ignore_errors=True)  # an older one had fewer sizes
         os.replace(temporary, self.folder / "models")
 
     def train(self, recipe: str) -> None:
@@ -193,7 +194,7 @@ def require_facts(values: dict[str, Any]) -> None:
 def run(folder: Path, is_cached: bool = False) -> None:
     demo = Demo(folder, is_cached)
     demo.step("shards", folder / "data/heldout/manifest.json", demo.build_shards)
-    demo.step("models", folder / "models/student_init/config.json", demo.build_pair)
+    demo.step("models", folder / "models/large_init/config.json", demo.build_pair)
     for recipe, last in (("teacher", "learn"), ("baseline", "learn")):
         done = folder / recipe / last / "DONE"
         demo.step(f"train {recipe}", done, lambda recipe=recipe: demo.train(recipe))

@@ -223,3 +223,10 @@ def test_question_probes_leave_loss_and_gradient_alone(setting, trains_student):
     for state in ("shuffled", "zeroed"):
         for rows in ("boundary", "other"):
             assert {f"probe/ar_{state}_{rows}", f"probe/kl_{state}_{rows}"} <= names
+
+
+def test_labels_without_weight_have_no_gradient_to_probe(setting):
+    objective = setting.objective(LossConfig(student_ce=0.0))
+    _, report = run(setting, objective, setting.batch(), True)
+    found = report.reduce()
+    assert found["gradient/student_ce"] == 0 < found["gradient/kl_boundary"]
