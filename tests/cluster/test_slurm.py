@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,13 +71,21 @@ def attempts(run: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(run.glob("logs/*/attempt.json"))]
 
 
+def wait_until(is_so: Callable[[], bool], seconds: float, run: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, log_of(run)
+        time.sleep(0.05)
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    ledger = run / "sft/ledger.jsonl"
+    wait_until(lambda: ledger.is_file() and ledger.read_text().count("\n") > count, 120, run)
+
+
 def test_a_preempted_job_goes_on_and_ends_the_same(slurm, recipe, uninterrupted, tmp_path):
     job = submit(slurm, recipe, tmp_path / "run")
-    ledger = tmp_path / "run/sft/ledger.jsonl"
-    deadline = time.monotonic() + 120
-    while not (ledger.is_file() and ledger.read_text().count("\n") > 20):
-        assert time.monotonic() < deadline, log_of(tmp_path / "run")
-        time.sleep(0.05)
+    wait_for_steps(tmp_path / "run", 20)
     slurm.run("scancel", "--signal=USR1", job)
     assert slurm.wait(job) == "COMPLETED", log_of(tmp_path / "run")
     assert slurm.fact(job, "Restarts") == "1"
@@ -92,13 +100,22 @@ def test_a_preempted_job_goes_on_and_ends_the_same(slurm, recipe, uninterrupted,
 
 @pytest.mark.timeout(700)
 def test_the_time_limit_stops_in_time_and_the_job_goes_on(slurm, recipe, uninterrupted, tmp_path):
-    """By DeepSpeed's launcher on each node; the batch script is told, and leaves a STOP file."""
+    """By DeepSpeed's launcher on each node; the batch script is told, and leaves a STOP file.
+
+    The ranks stand still until it does: no machine is fast enough to end before its limit.
+    """
+    run = tmp_path / "run"
     options = ("--time=1", "--signal=B:USR1@25")
-    job = submit(slurm, recipe, tmp_path / "run", *options, LAUNCHER="deepspeed")
-    assert slurm.wait(job, 600) == "COMPLETED", log_of(tmp_path / "run")
+    job = submit(slurm, recipe, run, *options, LAUNCHER="deepspeed")
+    wait_for_steps(run, 20)
+    slurm.run("scancel", "--signal=STOP", job)
+    wait_until((run / "STOP").exists, 120, run)
+    slurm.run("scancel", "--signal=CONT", job)
+    assert slurm.wait(job, 600) == "COMPLETED", log_of(run)
     assert int(slurm.fact(job, "Restarts")) >= 1
-    assert "stopped by STOP" in log_of(tmp_path / "run")
-    assert weights(tmp_path / "run") == uninterrupted
+    assert 0 < attempts(run)[-1]["progress"]["sft"] < STEPS
+    assert "stopped by STOP" in log_of(run)
+    assert weights(run) == uninterrupted
 
 
 def test_stages_as_dependent_jobs_then_evaluation(slurm, recipe, pair, shards, tmp_path):
