@@ -26,30 +26,43 @@ class Sample(NamedTuple):
 
 
 def of_stage(load: Load, sample: Sample) -> dict[str, float]:
-    """By phase, of one sample; `head` is the teacher's, the student's is part of `student`."""
+    """By phase, of one sample; `head` is both models'. Losses form their gradients forward."""
     found = dict.fromkeys(PHASES, 0.0)
     body = decoder_forward(load.student, sample.student)
     found["student"] = body + vision_forward(load.student, sample.visual)
     if load.trains_student:
         found["backward"] += (3 if load.checkpointing else 2) * body
-        # The loss forms its gradient in the forward: logits and dx, and dW of a head that trains.
-        products = 3 if load.trains_head else 2
-        found["student"] += products * head_product(load.student, sample.answer)
+    found["head"] = student_products(load) * head_product(load.student, sample.answer)
     if load.teacher is None:
         return found
+    found["head"] += teacher_products(load) * head_product(load.teacher, sample.answer)
     if load.placement != "cache":
         found["teacher"] = decoder_forward(load.teacher, sample.teacher)
         found["teacher"] += vision_forward(load.teacher, sample.visual)
-    if not load.depth:  # a baseline: the teacher's logits alone
-        found["head"] = head_product(load.teacher, sample.answer)
+    if load.distance == "projected":  # beside the loss, and timed with it
+        projection = _projection(load, sample.answer)
+        found["head"] += projection
+        found["backward"] += 2 * projection
+    if not load.depth:
         return found
     found["recalibrator"] = recalibrator_forward(load, sample)
     # Into the teacher's rows, frozen, Proj-pre sends no gradient.
     spared = _projection(load, _projected_rows(load, sample))
     found["backward"] += 2 * found["recalibrator"] - spared
-    # The teacher's logits once; the student's and their gradient for each pass.
-    found["head"] = (1 + 2 * load.passes) * head_product(load.teacher, sample.answer)
     return found
+
+
+def student_products(load: Load) -> int:
+    """With the student's own head: for each of its terms logits and dx, and dW of a head that
+    trains; a term that is only measured, logits."""
+    gradient = 3 if load.trains_head else 2
+    of_ce = {"none": 0, "measured": 1, "trains": gradient}[load.student_ce]
+    return of_ce + gradient * (load.distance == "student")
+
+
+def teacher_products(load: Load) -> int:
+    """With the teacher's: its logits once, the student's and their gradient for each pass."""
+    return 1 if load.distance == "student" else 1 + 2 * load.passes
 
 
 def decoder_forward(model: Model, tokens: float) -> float:

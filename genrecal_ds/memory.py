@@ -19,6 +19,7 @@ NOT_COUNTED = (
     "matrix (eager) and fragmentation do not count"
 )
 HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1_600_000_000, 128  # ops/head_loss/chunked.py, on CUDA
+DISTANCE_MATRICES = 16  # ops/linear_distance.py
 CONTEXT_BYTES = 2 * GIB  # CUDA's context, its libraries' workspaces and NCCL's buffers: a guess
 PROCESS_BYTES = 2 * GIB  # Python, torch and transformers in a rank's host memory: a guess
 PHASES = ("teacher", "student", "update")
@@ -80,7 +81,7 @@ def _is_on_host(zero: dict[str, Any], key: str) -> bool:
 
 @dataclass(frozen=True)
 class Load:
-    """One stage on one rank. Without a teacher there is no Recalibrator either."""
+    """One stage on one rank. Without a teacher there is no Recalibrator and no distance either."""
 
     gpus: int
     per_host: int
@@ -92,6 +93,8 @@ class Load:
     trained: int  # parameters, the Recalibrator's included
     trains_student: bool  # else its body runs without a graph
     trains_head: bool = False
+    student_ce: Literal["none", "measured", "trains"] = "none"  # through the student's head
+    distance: Literal["none", "student", "projected"] = "none"  # a baseline's: through whose head
     checkpointing: bool = False
     teacher: Model | None = None
     teacher_zero: Zero | None = None
@@ -99,7 +102,7 @@ class Load:
     placement: Placement | Literal["cache"] = "zero3"
     teacher_batches: int = 1  # micro-batches of one forward of it
     head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
-    recalibrator: int = 0  # parameters
+    recalibrator: int = 0  # parameters; of dskd, its projection's
     depth: int = 0
     packed_recalibrator: bool = True  # its blocks are ours (models/packed_blocks.py)
     passes: int = 1  # 2 with a regular pass
@@ -284,37 +287,50 @@ def _activations(load: Load) -> list[Part]:
     teacher, smaller = load.teacher.decoder, "a smaller batch.micro_batch or max_length"
     read = load.teacher_batches * load.micro_batch * load.teacher_tokens
     rows = 2 * read * w * teacher.hidden
+    forward = 0 if load.placement == "cache" else read * forward_bytes(teacher, w)
+    parts += [
+        Part("teacher: activations", forward,
+             "tokens w (2 h + 3 i), no graph", "teacher", fix=smaller),
+        Part("teacher's rows", rows, "2 tokens w H", "student", fix=smaller),
+    ]  # fmt: skip
+    if load.distance == "projected":
+        kept = 3 * load.loss_rows * w * teacher.hidden
+        formula = "3 rows w H: theirs, the teacher's beside them, their gradient"
+        parts.append(Part("projected rows", kept, formula, "student", fix=smaller))
+    if not load.depth:
+        return parts
     # The mixed pass has the student's questions, the regular one the teacher's.
     mixed = max(load.student_tokens, load.teacher_tokens)
     packed = load.micro_batch * (mixed + (load.passes - 1) * load.teacher_tokens)
     kept = load.depth * block_bytes(student, w) + (4 + 2 * w) * teacher.hidden
-    forward = 0 if load.placement == "cache" else read * forward_bytes(teacher, w)
     return [
         *parts,
-        Part("teacher: activations", forward,
-             "tokens w (2 h + 3 i), no graph", "teacher", fix=smaller),
-        Part("teacher's rows", rows, "2 tokens w H", "student", fix=smaller),
         Part("Recalibrator: activations", packed * kept,
              "tokens of all passes (depth block + (4 + 2 w) H)", "student", fix=smaller),
     ]  # fmt: skip
 
 
 def _loss_chunk(load: Load) -> Part:
-    """Logits of one chunk of rows, within its budget, and dW of a student's head that trains."""
-    chunks = [_chunk_bytes(load.loss_rows, load.student.vocab, 1, 0, load.width)]
-    if load.teacher is not None:
-        rows, columns = load.loss_rows, load.teacher.vocab
+    """Logits of one chunk of rows, within its budget; dW of a student's head that trains, once
+    for each term that it carries."""
+    low = load.width * (load.width < 4)
+    student, rows = load.student.vocab, load.loss_rows
+    chunks = [_chunk_bytes(rows, student * (4 + low))]
+    if load.teacher is not None and load.distance == "student":
+        columns = max(student, load.teacher.vocab)
+        chunks.append(_chunk_bytes(rows, columns * 4 * DISTANCE_MATRICES))
+    elif load.teacher is not None:
+        columns = load.teacher.vocab
         if load.head == "vocab_parallel":
             rows, columns = rows * load.gpus, load.share(columns)
-        chunks.append(_chunk_bytes(rows, columns, load.passes, 1, load.width))
-    gradient = 4 * load.student.vocab * load.student.decoder.hidden * load.trains_head
-    return Part("loss: logits of a chunk", max(chunks) + gradient,
-                "rows V (4 (passes + 1) + w passes), <= 1.6 GB; dW 4 V D", "student")  # fmt: skip
+        chunks.append(_chunk_bytes(rows, columns * (4 * (load.passes + 1) + low * load.passes)))
+    terms = (load.student_ce == "trains") + (load.distance == "student")
+    gradient = 4 * student * load.student.decoder.hidden * load.trains_head * terms
+    formula = "rows V (4 (passes + 1) + w passes), <= 1.6 GB; dW 4 V D a term"
+    return Part("loss: logits of a chunk", max(chunks) + gradient, formula, "student")
 
 
-def _chunk_bytes(rows: int, columns: int, passes: int, teacher: int, width: int) -> int:
-    low = passes * width * (width < 4)
-    per_row = columns * (4 * (passes + teacher) + low)
+def _chunk_bytes(rows: int, per_row: int) -> int:
     most = HEAD_CHUNK_BYTES // per_row // HEAD_CHUNK_ROWS * HEAD_CHUNK_ROWS
     return min(rows, max(HEAD_CHUNK_ROWS, most)) * per_row
 

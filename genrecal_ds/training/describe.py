@@ -9,7 +9,7 @@ from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, read_config
 from genrecal_ds.training.stages import freeze
-from genrecal_ds.training.weights import unfilled_recalibrator
+from genrecal_ds.training.weights import teacher_width, unfilled_recalibrator
 
 
 def describe_blocks(recipe: Recipe) -> str:
@@ -44,6 +44,9 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int
                 recalibrator = unfilled_recalibrator(recipe, student, torch.float32, number)
                 total = sum(parameter.numel() for parameter in recalibrator.parameters())
                 yield f"recalibrator {number + 1}" if number else "recalibrator", total, total
+        if stage.kind == "dskd":
+            total = student.text_config.hidden_size * teacher_width(recipe)
+            yield "projection", total, total
 
 
 def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:

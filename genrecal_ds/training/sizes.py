@@ -1,5 +1,7 @@
 """What memory.py calculates with, taken from a recipe's folders. Needs no weights and no GPU."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -33,13 +35,14 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
         "student_tokens": recipe.student.max_length,
         "trains_student": bool(trained_components(stage)),
         "trains_head": student.head.weight.requires_grad,
+        "student_ce": _student_ce(stage),
         "checkpointing": recipe.student.gradient_checkpointing,
     }
     if not stage.needs_teacher:
         return Load(**shared, trained=trained)
     assert recipe.teacher is not None  # a rule of config.Recipe
     parts = {part: count for part, count, _ in describe(recipe, stage)}
-    recalibrator = parts.get("recalibrator", 0)
+    recalibrator = parts.get("recalibrator", 0) or parts.get("projection", 0)
     zero = Zero.of(load_ds_config(recipe.teacher_ds_config))
     # Rounded: an estimate is of use also where the batch does not divide yet.
     micro_steps = max(1, recipe.global_batch(stage) // (recipe.micro_batch(stage) * gpus))
@@ -54,12 +57,26 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
         teacher_tokens=recipe.teacher.max_length,
         placement="cache" if recipe.reads_cache(stage) else recipe.teacher.placement,
         teacher_batches=min(recipe.teacher.forward_batches, micro_steps),
+        distance=_distance(stage),
         head=recipe.teacher_head,
         recalibrator=recalibrator,
-        depth=chosen.depth if recalibrator else 0,
+        depth=chosen.depth if stage.has_recalibrator else 0,
         packed_recalibrator=choose_blocks(family, chosen.blocks, chosen.attention) is not None,
         passes=2 if regular else 1,
     )
+
+
+def _student_ce(stage: StageConfig) -> Literal["none", "measured", "trains"]:
+    """As the objectives do: align has no such term, a baseline of weight 0 still logs it."""
+    if stage.kind != "align" and stage.losses.student_ce > 0:
+        return "trains"
+    return "none" if stage.has_recalibrator else "measured"
+
+
+def _distance(stage: StageConfig) -> Literal["none", "student", "projected"]:
+    if stage.kind == "dskd":
+        return "projected"
+    return "student" if stage.needs_logits else "none"
 
 
 def model_of(vlm: VLM, keeps_whole: int) -> Model:

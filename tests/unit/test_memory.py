@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from genrecal_ds.memory import (
+    DISTANCE_MATRICES,
     GIB,
     HEAD_CHUNK_BYTES,
     HEAD_CHUNK_ROWS,
@@ -121,15 +122,31 @@ def test_a_chunk_of_logits():
     assert parts()["loss: logits of a chunk"] == 1024 * 1_520_640
     assert parts(passes=2)["loss: logits of a chunk"] == 640 * 2_433_024
     # through the student's head alone: 152,064 (4 + 2), 1,664 of 2,048 rows, and dW
-    alone = parts(teacher=None, teacher_tokens=0, recalibrator=0, trains_head=True)
+    own = {"recalibrator": 0, "depth": 0, "trains_head": True, "student_ce": "trains"}
+    alone = parts(**own, teacher=None, teacher_tokens=0)
     assert alone["loss: logits of a chunk"] == 1664 * 912_384 + 4 * 544_997_376
+    # a distance at the student's head: 16 fp32 matrices of 128 rows; labels and it have a dW each
+    own |= {"distance": "student", "student_tokens": 128}
+    both = parts(**own)
+    assert both["loss: logits of a chunk"] == 128 * 64 * 152_064 + 2 * 4 * 544_997_376
+    measured = parts(**own | {"student_ce": "measured"})
+    assert measured["loss: logits of a chunk"] == 128 * 64 * 152_064 + 4 * 544_997_376
+
+
+def test_a_baseline_has_no_recalibrator():
+    found = parts(recalibrator=8192 * 3584, depth=0, distance="projected")
+    assert "Recalibrator: activations" not in found
+    assert found["projected rows"] == 3 * 2048 * 2 * 8192
+    assert found["teacher's rows"] == parts()["teacher's rows"]
 
 
 def test_the_chunk_is_that_of_the_loss():
+    from genrecal_ds.ops import linear_distance
     from genrecal_ds.ops.head_loss import chunked
 
     expected = (chunked.CHUNK_BYTES["cuda"], chunked.CHUNK_MULTIPLE["cuda"])
     assert (HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS) == expected
+    assert DISTANCE_MATRICES == linear_distance.MATRICES
 
 
 def test_activations():

@@ -87,7 +87,8 @@ def test_flops_by_hand(qwen):
     attention = 2 * 80 * 8192 * 1800**2
     vision = 2 * teacher.vision * 4 * 1280
     assert found["teacher"] == 2 * matrices * 1800 + attention + vision
-    assert found["head"] == 3 * 2 * 152_064 * 8192 * 150
+    # teacher's logits, student's, their gradient; its own, frozen, logits and gradient
+    assert found["head"] == 3 * 2 * 152_064 * 8192 * 150 + 2 * 2 * 152_064 * 3584 * 150
     align = flops.of_stage(qwen["align"], SAMPLE)
     assert align["head"] == 5 * 2 * 152_064 * 8192 * 150
     # no backward but the Recalibrator's, and none of that into the teacher's rows
@@ -95,6 +96,7 @@ def test_flops_by_hand(qwen):
     assert align["backward"] == 2 * align["recalibrator"] - projection
     sft = flops.of_stage(qwen["sft"], SAMPLE)
     body = flops.decoder_forward(qwen["sft"].student, 1800)
+    assert sft["head"] == 3 * 2 * 152_064 * 3584 * 150  # and dW
     assert sft["backward"] == 2 * body and sft["teacher"] == sft["recalibrator"] == 0
     # the arithmetic of the notes: distill live is about four times distill from a cache
     whole = sum(found.values())
