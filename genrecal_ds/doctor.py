@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.text import Text
 
 from genrecal_ds.arguments import positive
-from genrecal_ds.config import ModelSource, Recipe, StageConfig
+from genrecal_ds.config import ModelSource, Recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.hosts import Cluster, cluster_of
 from genrecal_ds.memory import GIB, NOT_COUNTED, Estimate, estimate
 from genrecal_ds.recipe_file import load_recipe
 from genrecal_ds.refusals import Report
+from genrecal_ds.stage_config import StageConfig
 
 if TYPE_CHECKING:
     from genrecal_ds.data.index import ShardIndex

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genrecal_ds.config import LossConfig
 from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.batch import Alignment, PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
@@ -36,6 +35,7 @@ from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives import TeacherRows
 from genrecal_ds.objectives.byte_kd import ByteKD
+from genrecal_ds.stage_config import LossConfig
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from genrecal_ds.config import AnswersConfig
 from genrecal_ds.data.batch import TeacherBatch
+from genrecal_ds.stage_config import AnswersConfig
 
 SPAN = 3  # rows that are zeroed together
 

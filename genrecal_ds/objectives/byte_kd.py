@@ -13,7 +13,6 @@ boundaries, C symbols.
 import torch
 from torch import Tensor
 
-from genrecal_ds.config import LossConfig
 from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.metrics import Clock
 from genrecal_ds.models.head import ReplicatedHead
@@ -26,6 +25,7 @@ from genrecal_ds.ops.next_byte import (
     next_byte_kl,
     next_byte_log_mass,
 )
+from genrecal_ds.stage_config import LossConfig
 
 
 class ByteKD(StudentKD):

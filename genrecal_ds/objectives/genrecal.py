@@ -11,7 +11,6 @@ M student loss rows.
 import torch
 from torch import Tensor, nn
 
-from genrecal_ds.config import LossConfig
 from genrecal_ds.data.batch import IGNORE, PairBatch, TeacherBatch
 from genrecal_ds.metrics import Clock, Report
 from genrecal_ds.models.head import FrozenHead
@@ -20,6 +19,7 @@ from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.answer_inputs import AnswerInputs
 from genrecal_ds.objectives.supervised import student_ce
+from genrecal_ds.stage_config import LossConfig
 
 
 class GenRecal(nn.Module):

@@ -6,10 +6,10 @@ KL DistiLLM's (arXiv 2402.03898), JSD GKD's (arXiv 2306.13649); see ops/head_los
 
 from torch import Tensor
 
-from genrecal_ds.config import LossConfig
 from genrecal_ds.objectives.token_kd import Distance
 from genrecal_ds.ops.head_loss.contract import Divergence
 from genrecal_ds.ops.head_loss.reference import divergence_of
+from genrecal_ds.stage_config import LossConfig
 
 
 def divergence(losses: LossConfig, vocabulary: int) -> Distance:

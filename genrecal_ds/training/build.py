@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe, StageConfig
+from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
@@ -29,6 +29,7 @@ from genrecal_ds.models.lora import merged
 from genrecal_ds.models.recalibrator import save_recalibrator
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.recipe_file import load_ds_config
+from genrecal_ds.stage_config import StageConfig
 from genrecal_ds.training.answers import InLoopScores
 from genrecal_ds.training.engine import (
     StudentEngine,

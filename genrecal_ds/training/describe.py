@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
-from genrecal_ds.config import Recipe, StageConfig
+from genrecal_ds.config import Recipe
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, read_config
+from genrecal_ds.stage_config import StageConfig
 from genrecal_ds.training.stages import freeze
 from genrecal_ds.training.weights import teacher_width, unfilled_recalibrator
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe, StageConfig
+from genrecal_ds.config import Recipe
 from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.batch import Alignment
 from genrecal_ds.data.loader import PairEncoders
@@ -26,6 +26,7 @@ from genrecal_ds.objectives.supervised import Supervised
 from genrecal_ds.objectives.token_kd import TokenKD
 from genrecal_ds.objectives.uld import sorted_distance
 from genrecal_ds.ops.next_byte import ByteVocabulary
+from genrecal_ds.stage_config import StageConfig
 from genrecal_ds.training.weights import (
     DTYPES,
     new_recalibrator,

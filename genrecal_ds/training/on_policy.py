@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from genrecal_ds.config import OnPolicyConfig
 from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.data.loader import PairDataset
 from genrecal_ds.data.pair import Messages, Pair, Unusable
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.vlm import VLM
+from genrecal_ds.stage_config import OnPolicyConfig
 from genrecal_ds.training.decoding import decode, drawn
 
 

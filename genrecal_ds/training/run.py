@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe, StageConfig
+from genrecal_ds.config import Recipe
 from genrecal_ds.errors import UserError
+from genrecal_ds.stage_config import StageConfig
 from genrecal_ds.training import stopping
 from genrecal_ds.training.build import build_stage, fill_cache
 from genrecal_ds.training.inputs import Inputs

@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from genrecal_ds.config import ModelSource, Recipe, StageConfig
+from genrecal_ds.config import ModelSource, Recipe
 from genrecal_ds.memory import Decoder, Load, Model, Zero
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, skeleton
 from genrecal_ds.recipe_file import load_ds_config
+from genrecal_ds.stage_config import StageConfig
 from genrecal_ds.training.describe import describe
 from genrecal_ds.training.stages import freeze, trained_components
 

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe, StageConfig
+from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import PairBatch, join_teacher, to_device
 from genrecal_ds.data.loader import micro_batches
 from genrecal_ds.data.pair import side_of
 from genrecal_ds.data.plan import GivenSamples, StepPlan
 from genrecal_ds.metrics import JsonlLog, Report
 from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.stage_config import StageConfig
 from genrecal_ds.training import stopping
 from genrecal_ds.training.agreement import agree, batch_digest
 from genrecal_ds.training.build import StageParts

@@ -178,7 +178,8 @@ def test_data_tools_import_data_config_and_processors_only():
 
 
 @pytest.mark.parametrize(
-    "leaf", [f"genrecal_ds/{n}.py" for n in ("config", "recipe_file", "errors", "memory")]
+    "leaf",
+    [f"genrecal_ds/{n}.py" for n in ("config", "stage_config", "recipe_file", "errors", "memory")],
 )
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "deepspeed"])
 def test_leaf_imports_nothing_heavy(leaf: str, heavy: str):

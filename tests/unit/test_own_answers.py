@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from genrecal_ds.config import OnPolicyConfig
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
 from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.stage_config import OnPolicyConfig
 from genrecal_ds.training import on_policy
 from genrecal_ds.training.decoding import drawn
 from genrecal_ds.training.on_policy import OnPolicy

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from genrecal_ds.config import LossConfig
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.reader import Sample
@@ -20,6 +19,7 @@ from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
+from genrecal_ds.stage_config import LossConfig
 from tests.unit.models.test_every_family import most_turns, reads_images, samples
 from tests.zoo import ROWS
 
