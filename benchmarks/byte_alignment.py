@@ -23,7 +23,7 @@ from genrecal_ds.models.token_bytes import byte_vocabulary
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 from genrecal_ds.ops.linear_distance import linear_distance
-from genrecal_ds.ops.next_byte import Boundaries, next_byte_kl, next_byte_log_mass
+from genrecal_ds.ops.next_byte import MATRICES, Boundaries, next_byte_kl, next_byte_log_mass
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -106,7 +106,7 @@ def loss_contestants() -> Contestants:
     return {
         "three products": products,
         "cross entropy": stepped(lambda: linear_cross_entropy(rows, labels, head, ones)[0]),
-        "next-byte KL": stepped(lambda: linear_distance(rows, head, kl)[0]),
+        "next-byte KL": stepped(lambda: linear_distance(rows, head, kl, matrices=MATRICES)[0]),
         "next-byte KL, all logits": stepped(lambda: kl(rows @ weight.T, slice(0, ROWS)).sum()),
     }
 

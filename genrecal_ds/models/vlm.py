@@ -35,7 +35,7 @@ from genrecal_ds.models.packing import (
 from genrecal_ds.models.remote import is_allowed
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
-from genrecal_ds.ops.linear_distance import ChunkDistance, linear_distance
+from genrecal_ds.ops.linear_distance import MATRICES, ChunkDistance, linear_distance
 
 COMPONENTS = ("vision", "projector", "embeddings", "layers", "norm", "head")
 # bf16 rounds twice on the two ways to the same logits; fp32 only orders sums differently.
@@ -82,12 +82,11 @@ class LanguageHead(nn.Linear):
         distance: ChunkDistance,
         sizes: Sequence[int] | None = None,
         teacher_vocabulary: int = 0,
+        matrices: int = MATRICES,
     ) -> tuple[Tensor, Tensor]:
         """(sum, distance per row [N]); see ops/linear_distance.py."""
-        return self(
-            rows_ND,
-            lambda rows, head: linear_distance(rows, head, distance, sizes, teacher_vocabulary),
-        )
+        chunks = (sizes, teacher_vocabulary, matrices)
+        return self(rows_ND, lambda rows, head: linear_distance(rows, head, distance, *chunks))
 
     def logits(self, rows: Tensor) -> Tensor:
         """What the model says of rows [.., D]: its transform included."""

@@ -20,6 +20,7 @@ from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows
 from genrecal_ds.objectives.token_kd import StudentKD
 from genrecal_ds.ops.next_byte import (
+    MATRICES,
     Boundaries,
     ByteVocabulary,
     next_byte_kl,
@@ -58,7 +59,9 @@ class ByteKD(StudentKD):
             return kl_I.new_zeros(len(logits_nV)).index_add(0, at.row, kl_I)
 
         columns = len(self.teacher_head.head.weight_VH)
-        distance = self.student.head.distance(rows_MD, of_chunk, teacher_vocabulary=columns)
+        distance = self.student.head.distance(
+            rows_MD, of_chunk, teacher_vocabulary=columns, matrices=MATRICES
+        )
         return *distance, is_taught_M
 
     def _boundaries(self, batch: PairBatch) -> tuple[Boundaries, Boundaries]:

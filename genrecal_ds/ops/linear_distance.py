@@ -19,7 +19,7 @@ from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE
 from genrecal_ds.ops.head_loss.contract import Head
 
 ChunkDistance = Callable[[Tensor, slice], Tensor]  # (logits [n, V] of the rows, these) -> [n]
-MATRICES = 16  # of a chunk's logits' size that a distance may hold; sorts hold most, 12
+MATRICES = 16  # of a chunk's logits' size that any distance may hold; sorts hold most, 12
 
 
 def linear_distance(
@@ -28,13 +28,15 @@ def linear_distance(
     distance: ChunkDistance,
     sizes: Sequence[int] | None = None,
     teacher_vocabulary: int = 0,
+    matrices: int = MATRICES,
 ) -> tuple[Tensor, Tensor]:
     """(sum of the distances, the distances [M] detached), fp32 (fp64 for fp64 rows).
 
     rows_MD: the head's dtype. The distance gets fp32 logits, the head's transform included; what
     else it reads is a constant. sizes: rows of each chunk, where some have to stay together;
-    default: as many as the byte budget allows, for the larger of both vocabularies. Rows, weight
-    and bias each get a gradient only if they require one, zeros where no distance depends on them.
+    default: as many as the byte budget allows, if the distance holds `matrices` of the larger
+    vocabulary, logits and their gradient among them. Rows, weight and bias each get a gradient only
+    if they require one, zeros where no distance depends on them.
     Raises ValueError naming the argument that does not fit.
     """
     rows, width = rows_MD.shape
@@ -43,7 +45,7 @@ def linear_distance(
     if head.bias_V is not None:
         expect("head.bias_V", head.bias_V, (head.weight_VH.shape[0],), rows_MD)
     if sizes is None:
-        sizes = _sizes(rows, head.weight_VH, teacher_vocabulary)
+        sizes = _sizes(rows, head.weight_VH, teacher_vocabulary, matrices)
     elif sum(sizes) != rows:
         raise ValueError(f"sizes: {sum(sizes)} rows in all, expected {rows}")
     return _LinearDistance.apply(
@@ -114,9 +116,9 @@ def _of_chunk(
     return distance_n.detach(), d_nV
 
 
-def _sizes(rows: int, weight_VD: Tensor, teacher_vocabulary: int) -> list[int]:
+def _sizes(rows: int, weight_VD: Tensor, teacher_vocabulary: int, matrices: int) -> list[int]:
     kind = "cuda" if weight_VD.is_cuda else "cpu"
     columns = max(weight_VD.shape[0], teacher_vocabulary)
-    bytes_per_row = MATRICES * columns * wide(weight_VD).itemsize
+    bytes_per_row = matrices * columns * wide(weight_VD).itemsize
     most = rows_per_chunk(rows, bytes_per_row, CHUNK_BYTES[kind], CHUNK_MULTIPLE[kind])
     return [min(most, rows - start) for start in range(0, rows, most)]

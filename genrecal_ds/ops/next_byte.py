@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 END, STOP, NUM_SYMBOLS = 256, 257, 258
+MATRICES = 8  # of the logits' size that both functions together hold at once; 6.7 measured
+NARROW = 16  # a boundary that more than 1 in so many tokens go on from is summed densely
 _TINY = 1e-38  # in a logarithm: what is there but lost in rounding is not taken for absent
 
 
@@ -44,10 +46,22 @@ class Boundaries(NamedTuple):
 def next_byte_log_mass(logits_nV: Tensor, at: Boundaries, vocabulary: ByteVocabulary) -> Tensor:
     """[I, C] fp32 or wider, logarithms up to a constant of each row; -inf for absent symbols."""
     is_start = at.depth == 0
+    place = vocabulary.place_V[at.token]
+    low, high = (table[place, at.depth].long() for table in (vocabulary.low_WD, vocabulary.high_WD))
+    is_wide = ~is_start & (high - low > len(vocabulary.token_W) // NARROW)
+    is_narrow = ~is_start & ~is_wide
     mass = logits_nV.new_empty(len(at.row), NUM_SYMBOLS)
-    mass[is_start] = _at_start(logits_nV.index_select(0, at.row[is_start]), vocabulary)
-    inside = Boundaries(*(part[~is_start] for part in at))
-    mass[~is_start] = _inside(logits_nV, inside, vocabulary)
+    mass[is_start] = _dense(logits_nV.index_select(0, at.row[is_start]), vocabulary.first_V)
+    mass[is_start, STOP] = -torch.inf  # tokens without text are no continuation of one
+    # Few: what begins with a blank is half of many vocabularies, what begins with a letter 1 in 60.
+    places = torch.stack([low, high, at.depth], 1)
+    for first, last, depth in places[is_wide].unique(dim=0).tolist():
+        here = is_wide & (low == first) & (at.depth == depth)
+        of_tokens = logits_nV.index_select(1, vocabulary.token_W[first:last])
+        symbols = vocabulary.symbol_WD[first:last, depth].long()
+        mass[here] = _dense(of_tokens.index_select(0, at.row[here]), symbols)
+    inside = Boundaries(*(part[is_narrow] for part in at))
+    mass[is_narrow] = _sparse(logits_nV, inside, low[is_narrow], high[is_narrow], vocabulary)
     return mass
 
 
@@ -80,29 +94,31 @@ def _with_rest(mass_IC: Tensor, is_shared: Tensor) -> Tensor:
     return torch.cat([mass_IC, rest[:, None]], 1)
 
 
-def _at_start(logits_iV: Tensor, vocabulary: ByteVocabulary) -> Tensor:
-    shifted = logits_iV - logits_iV.detach().amax(-1, keepdim=True)
-    first_V = vocabulary.first_V
-    summed = shifted.new_zeros(len(shifted), NUM_SYMBOLS).index_add(1, first_V, shifted.exp())
-    is_there = torch.zeros(NUM_SYMBOLS, dtype=torch.bool, device=first_V.device)
-    is_there[first_V] = True
-    is_there[STOP] = False  # tokens without text are no continuation of one
+def _dense(logits_iw: Tensor, symbol_w: Tensor) -> Tensor:
+    """[i, C] of boundaries that the same tokens go on from."""
+    shifted = logits_iw - logits_iw.detach().amax(-1, keepdim=True)
+    summed = shifted.new_zeros(len(shifted), NUM_SYMBOLS).index_add(1, symbol_w, shifted.exp())
+    is_there = torch.zeros(NUM_SYMBOLS, dtype=torch.bool, device=symbol_w.device)
+    is_there[symbol_w] = True
     return (summed + _TINY).log().masked_fill(~is_there, -torch.inf)
 
 
-def _inside(logits_nV: Tensor, at: Boundaries, vocabulary: ByteVocabulary) -> Tensor:
-    place = vocabulary.place_V[at.token]
-    low, high = (table[place, at.depth].long() for table in (vocabulary.low_WD, vocabulary.high_WD))
-    sizes = high - low
-    item = torch.arange(len(place), device=place.device).repeat_interleave(sizes)
+def _sparse(
+    logits_nV: Tensor, at: Boundaries, low_I: Tensor, high_I: Tensor, vocabulary: ByteVocabulary
+) -> Tensor:
+    """[I, C], each boundary with tokens of its own, those at low up to high - 1."""
+    sizes = high_I - low_I
+    item = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     first = sizes.cumsum(0) - sizes
-    candidate = torch.arange(len(item), device=place.device) - first[item] + low[item]
+    candidate = torch.arange(len(item), device=sizes.device) - first[item] + low_I[item]
     symbol = vocabulary.symbol_WD[candidate, at.depth[item]].long()
-    values = logits_nV[at.row[item], vocabulary.token_W[candidate]]
-    highest = values.new_full((len(place),), -torch.inf)
+    # One index, not two: the gradient of two is sorted by them on a GPU before it is added.
+    where = at.row[item] * logits_nV.shape[1] + vocabulary.token_W[candidate]
+    values = logits_nV.flatten().index_select(0, where)
+    highest = values.new_full((len(sizes),), -torch.inf)
     highest = highest.scatter_reduce(0, item, values.detach(), "amax")
     cell = item * NUM_SYMBOLS + symbol
-    flat = values.new_zeros(len(place) * NUM_SYMBOLS)
+    flat = values.new_zeros(len(sizes) * NUM_SYMBOLS)
     summed = flat.index_add(0, cell, (values - highest[item]).exp())
     is_there = torch.zeros_like(flat, dtype=torch.bool)
     is_there[cell] = True

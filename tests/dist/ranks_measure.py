@@ -12,16 +12,14 @@ import json
 import os
 import socket
 import sys
-import weakref
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from genrecal_ds import metrics
+from tests.live_bytes import LiveBytes
 
 RANK = int(os.environ["RANK"])
 wire: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -45,34 +43,6 @@ def counted(name: str, whole: int) -> None:
     setattr(torch_dist, name, wrapper)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations made and that still exist."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak: dict[str, int] = defaultdict(int)
-        self.seen = weakref.WeakKeyDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self._add(tensor.untyped_storage())
-        self.peak[phase()] = max(self.peak[phase()], self.live)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self.seen:
-            size = storage.nbytes()
-            self.seen[storage] = size
-            self.live += size
-            weakref.finalize(storage, self._freed, size)
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
-
-
 def main() -> int:
     out, per_host = Path(sys.argv[1]), int(sys.argv[2])
     counted("all_gather_into_tensor", whole=0)
@@ -88,7 +58,7 @@ def main() -> int:
     metrics.Clock.__init__ = remember
     from launch.train import main as train
 
-    with LiveBytes() as live:
+    with LiveBytes(phase) as live:
         code = train(sys.argv[3:])
     out.mkdir(parents=True, exist_ok=True)
     found = {"wire": wire, "peak": live.peak}

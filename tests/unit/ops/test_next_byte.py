@@ -24,6 +24,12 @@ ENDS = (10, 3)
 PADDED = (14, 10)
 
 
+@pytest.fixture(autouse=True, params=[100, 3, 1], ids=["dense", "both", "sparse"])
+def narrow(request, monkeypatch):
+    """All boundaries by one way of summing, all by the other, some by each."""
+    monkeypatch.setattr("genrecal_ds.ops.next_byte.NARROW", request.param)
+
+
 def tables(dtype=torch.float64):
     return [
         byte_vocabulary(pieces, end, size, torch.device("cpu"))
