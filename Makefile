@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation study study-gap test test-extras test-cluster chaos test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo ablation study study-gap test test-extras test-cluster chaos same-bits test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -92,6 +92,9 @@ test-cluster: setup ## two hosts, SLURM, killed ranks, full disks; root on Debia
 
 chaos: setup ## kill a random rank at a random time, N=20 runs, and compare the results
 	$(IN_VENV) .venv/bin/python -m tests.cluster.chaos --runs $(or $(N),20) --seed $(or $(SEED),0)
+
+same-bits: setup ## whether faithful.yaml trains bit for bit what it did at commit COMMIT
+	$(IN_VENV) .venv/bin/python -m tests.same_bits $(or $(COMMIT),HEAD)
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
 	$(CHOSEN_PYTHON) -m pytest -m gpu

@@ -1,0 +1,153 @@
+"""Whether faithful.yaml trains bit for bit what it did at another commit.
+
+python -m tests.same_bits COMMIT [--steps 8] [--ranks 2] [--folder DIR]
+
+launch/recipes/faithful.yaml, with few steps of small batches, fp32 and probes in every step, on the
+tests' tiny pair: once by the files here, once by those of COMMIT, on the same models, shards and
+packages. Compared are the bytes of every weight file that a stage leaves, and every number of
+metrics.jsonl that is no time, rate or memory. Exits with 1 where one differs. Needs git.
+"""
+
+import argparse
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genrecal_ds.hosts import free_port
+from tests.fixtures import (
+    ROOT,
+    build_digit_shards,
+    environment,
+    partitioning_ds_configs,
+    records,
+    texts_of_digits,
+)
+
+MEASURED = ("seconds", "phases", "tokens_per_second", "peak_memory_gib")  # never twice the same
+
+
+def recipe_of(folder: Path, steps: int, ranks: int) -> Path:
+    """The recipe as published, at the size of the tiny pair, which is built here."""
+    from launch.demo.pair import build_pair
+
+    build_pair(texts_of_digits(), folder)
+    for split, count in (("train", 200), ("validation", 24)):
+        build_digit_shards(folder / split, split, count, seed=2)
+    tree = yaml.safe_load((ROOT / "launch/recipes/faithful.yaml").read_text())
+    tree |= {
+        "precision": "fp32", "deterministic": True,
+        "teacher": {"path": str(folder / "teacher_init"), "max_length": 128},
+        "student": {"path": str(folder / "student_init"), "max_length": 128},
+        "data": {split: str(folder / split) for split in ("train", "validation")},
+        "batch": {"global_batch": 4 * ranks, "micro_batch": 2},
+        "log": {"probes_every": 1, "validation_samples": 8},
+        "deepspeed": partitioning_ds_configs(folder),
+        "stages": [{"kind": stage["kind"], "steps": steps} for stage in tree["stages"]],
+    }  # fmt: skip
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def files_of(commit: str, out: Path) -> Path:
+    done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
+    if done.returncode:
+        sys.exit(f"error: git archive {commit}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(out, filter="data")
+    return out
+
+
+def train(tree: Path, recipe: Path, run: Path, ranks: int) -> None:
+    """On processes that know nothing of this one: the packages are shared, the project is not."""
+    shared = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(tree), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "launch/train.py", str(recipe), f"run_dir={run}"]
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(
+                command, cwd=tree, stdout=output, stderr=output,
+                env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        if any([process.wait() for process in processes]):
+            output.seek(0)
+            sys.exit(f"error: {tree}: training failed\n{output.read()[-3000:]}")
+
+
+def weights(run: Path) -> dict[str, str]:
+    """sha256 by file. Checkpoints hold more than weights, and are not results."""
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.rglob("*.safetensors"))
+    }
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    """All that metrics.jsonl says of a stage, flat, without what is measured."""
+    found = {}
+    for log in sorted(run.glob("*/metrics.jsonl")):
+        for line in records(log.parent):
+            kept = {name: value for name, value in line.items() if name not in MEASURED}
+            for name, value in _flat(kept):
+                found[f"{log.parent.name} step {line['step']} {name}"] = value
+    return found
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat = []
+    for name, value in tree.items():
+        own = f"{prefix}{name}"
+        flat += _flat(value, f"{own}.") if isinstance(value, dict) else [(own, value)]
+    return flat
+
+
+def compared(what: str, here: dict[str, Any], there: dict[str, Any]) -> bool:
+    """Numbers that only one side logs are no difference: they are counted."""
+    shared = here.keys() & there.keys()
+    different = sorted(name for name in shared if here[name] != there[name])
+    print(f"{what}: {len(shared) - len(different)} of {len(shared)} equal")
+    for name in different[:10]:
+        print(f"  {name}: {here[name]} here, {there[name]} there")
+    for side, own, other in (("here", here, there), ("there", there, here)):
+        if alone := sorted(own.keys() - other.keys()):
+            print(f"  {len(alone)} only {side}, as {alone[0]}")
+    return bool(shared) and not different
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.same_bits", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("commit")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="default: a temporary one, removed")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        tree = files_of(arguments.commit, folder / "tree")
+        recipe = recipe_of(folder, arguments.steps, arguments.ranks)
+        for name, place in (("here", ROOT), ("there", tree)):
+            print(f"training {name}: {place}", flush=True)
+            train(place, recipe, folder / name, arguments.ranks)
+        here, there = folder / "here", folder / "there"
+        same = compared("weight files", weights(here), weights(there))
+        same &= weights(here).keys() == weights(there).keys()
+        same &= compared("numbers of metrics.jsonl", numbers(here), numbers(there))
+    print("bit for bit the same" if same else "NOT the same")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
