@@ -97,8 +97,10 @@ def loss_contestants() -> Contestants:
 
     def stepped(loss: Callable[[], Tensor]) -> Callable[[], None]:
         def step() -> None:
-            rows.grad = weight.grad = None
             loss().backward()
+            rows.grad = weight.grad = (
+                None  # after it: what a call frees of the last one hides its peak
+            )
 
         return step
 

@@ -65,6 +65,14 @@ def add_product_(sum_VH: Tensor, left_nV: Tensor, right_nH: Tensor) -> None:
         sum_VH.add_(left_nV.t() @ right_nH)
 
 
+def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums * factor, rounded once to dtype.
+
+    A GPU makes no second copy in the dtype of the sums, which of a head are [V, D] in fp32.
+    """
+    return torch.mul(sums, factor, out=sums.new_empty(sums.shape, dtype=dtype))
+
+
 def rows_per_chunk(num_rows: int, bytes_per_row: int, budget: int, multiple: int) -> int:
     """Rows of one chunk: within the byte budget, balanced over the chunks.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from genrecal_ds.ops import IGNORE
 from genrecal_ds.ops.checks import check_labels, expect
 from genrecal_ds.ops.choice import chosen
-from genrecal_ds.ops.gemm import add_product_, project_, wide
+from genrecal_ds.ops.gemm import add_product_, project_, scaled, wide
 from genrecal_ds.ops.head_loss.chunked import chunk_size, epilogue_of
 from genrecal_ds.ops.head_loss.contract import Head
 from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients
@@ -98,7 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         gradients = [
-            None if gradient is None else (gradient * grad_loss).to(ctx.weight_dtype)
+            None if gradient is None else scaled(gradient, grad_loss, ctx.weight_dtype)
             for gradient in ctx.saved_tensors
         ]
         return *gradients, None, None, None, None, None

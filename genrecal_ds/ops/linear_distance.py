@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.ops.checks import expect
-from genrecal_ds.ops.gemm import add_product_, project_, rows_per_chunk, wide
+from genrecal_ds.ops.gemm import add_product_, project_, rows_per_chunk, scaled, wide
 from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE
 from genrecal_ds.ops.head_loss.contract import Head
 
@@ -92,7 +92,7 @@ class _LinearDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sum, _):
         gradients = [
-            None if gradient is None else (gradient * grad_sum).to(ctx.weight_dtype)
+            None if gradient is None else scaled(gradient, grad_sum, ctx.weight_dtype)
             for gradient in ctx.saved_tensors
         ]
         return *gradients, None, None, None, None

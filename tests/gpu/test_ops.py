@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
+from genrecal_ds.models.token_bytes import byte_vocabulary
+from genrecal_ds.ops.gemm import scaled
 from genrecal_ds.ops.head_loss import Head, cache_teacher, head_loss
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 from genrecal_ds.ops.linear_distance import linear_distance
+from genrecal_ds.ops.next_byte import Boundaries, next_byte_kl, next_byte_log_mass
 from genrecal_ds.ops.token_align import token_align
 
 pytestmark = [
@@ -96,6 +99,40 @@ def test_linear_distance_with_a_trained_head(numbers):
     total, _ = linear_distance(low, Head(low_weight), to_targets)
     total.backward()
     assert error(low.grad, true.grad) < 1e-2 and error(low_weight.grad, true_weight.grad) < 1e-2
+
+
+def test_a_gradient_is_scaled_without_a_copy_of_its_own_dtype():
+    sums = torch.randn(4096, 4096, device=CUDA)
+    factor = torch.tensor(0.37, device=CUDA)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rounded = scaled(sums, factor, torch.bfloat16)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before == rounded.nbytes
+    assert torch.equal(rounded, (sums * factor).bfloat16())
+
+
+@pytest.mark.parametrize("narrow", [16, 1])
+def test_next_byte_kl(narrow, monkeypatch):
+    monkeypatch.setattr("genrecal_ds.ops.next_byte.NARROW", narrow)
+    words = [bytes([byte]) for byte in range(256)]
+    words += [blank + word for blank in (b"", b" ") for word in map(b"%x".__mod__, range(16, 9000))]
+    pieces = [*dict.fromkeys(words), None]
+    end = len(pieces) - 1
+    asked = [(row, 97 * row, d) for row in range(180) for d in range(len(pieces[97 * row]))]
+    torch.manual_seed(0)
+    teacher, student = (3 * torch.randn(180, len(pieces), dtype=torch.float64) for _ in range(2))
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        table = byte_vocabulary(pieces, end, len(pieces), torch.device(device))
+        at = Boundaries(*torch.tensor(asked, device=device).T)
+        theirs, ours = (logits.to(device, dtype) for logits in (teacher, student))
+        mass = next_byte_log_mass(ours.requires_grad_(), at, table)
+        kl = next_byte_kl(next_byte_log_mass(theirs, at, table), mass)
+        results.append((kl.detach().cpu(), torch.autograd.grad(kl.sum(), ours)[0].cpu()))
+    for expected, actual in zip(*results, strict=True):
+        assert error(actual, expected) < 1e-4
 
 
 def test_offsets_beyond_32_bits():

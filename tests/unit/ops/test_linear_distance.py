@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from genrecal_ds.ops.gemm import scaled
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_distance import linear_distance
 
@@ -137,6 +138,13 @@ def test_products_of_the_head(is_trained, products):
     with FlopCounterMode(display=False) as counter:
         linear_distance(rows.requires_grad_(), head, to_target(target))[0].backward()
     assert counter.get_total_flops() == products * 2 * M * V * D
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scaled_is_rounded_once(dtype):
+    sums, factor = torch.randn(300, 70, dtype=torch.float64), torch.tensor(0.3337)
+    sums = sums.to(torch.promote_types(dtype, torch.float32))
+    assert torch.equal(scaled(sums, factor, dtype), (sums * factor).to(dtype))
 
 
 def test_what_does_not_fit_is_named():
