@@ -23,7 +23,7 @@ from genrecal_ds.models.token_bytes import byte_vocabulary
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 from genrecal_ds.ops.linear_distance import linear_distance
-from genrecal_ds.ops.next_byte import MATRICES, Boundaries, next_byte_kl, next_byte_log_mass
+from genrecal_ds.ops.next_byte import BYTE_MATRICES, Boundaries, next_byte_kl, next_byte_log_mass
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -98,9 +98,8 @@ def loss_contestants() -> Contestants:
     def stepped(loss: Callable[[], Tensor]) -> Callable[[], None]:
         def step() -> None:
             loss().backward()
-            rows.grad = weight.grad = (
-                None  # after it: what a call frees of the last one hides its peak
-            )
+            # Now, or the next call would begin by freeing them, and hide as much of its peak.
+            rows.grad = weight.grad = None
 
         return step
 
@@ -108,7 +107,7 @@ def loss_contestants() -> Contestants:
     return {
         "three products": products,
         "cross entropy": stepped(lambda: linear_cross_entropy(rows, labels, head, ones)[0]),
-        "next-byte KL": stepped(lambda: linear_distance(rows, head, kl, matrices=MATRICES)[0]),
+        "next-byte KL": stepped(lambda: linear_distance(rows, head, kl, matrices=BYTE_MATRICES)[0]),
         "next-byte KL, all logits": stepped(lambda: kl(rows @ weight.T, slice(0, ROWS)).sum()),
     }
 

@@ -5,8 +5,8 @@ the pairs that a causal mask leaves. Norms, activations, softmax and the vision 
 attention are not. Phases are those of a step's log: what runs forward under its own name, and
 everything that runs backwards together.
 
-    A answer tokens of a sample    T, S tokens of the teacher's, the student's side
-    H, D widths                    V vocabulary
+    A answer tokens of a sample, alike on both sides    T, S tokens of the teacher's, the student's
+    H, D widths                                         V vocabulary
 """
 
 from typing import NamedTuple
@@ -54,15 +54,18 @@ def of_stage(load: Load, sample: Sample) -> dict[str, float]:
 
 def student_products(load: Load) -> int:
     """With the student's own head: for each of its terms logits and dx, and dW of a head that
-    trains; a term that is only measured, logits."""
+    trains (as if what is below it did, too); a term that is only measured, logits."""
     gradient = 3 if load.trains_head else 2
     of_ce = {"none": 0, "measured": 1, "trains": gradient}[load.student_ce]
-    return of_ce + gradient * (load.distance == "student")
+    return of_ce + gradient * (load.distance in ("chunks", "conversations"))
 
 
 def teacher_products(load: Load) -> int:
-    """With the teacher's: its logits once, the student's and their gradient for each pass."""
-    return 1 if load.distance == "student" else 1 + 2 * load.passes
+    """With the teacher's: its logits for each call, the student's and their gradient for each
+    pass. Boundary rows that weigh more are read twice; they are few, and not counted."""
+    if load.distance in ("chunks", "conversations"):
+        return 1
+    return load.head_calls + 2 * load.passes
 
 
 def decoder_forward(model: Model, tokens: float) -> float:
@@ -90,16 +93,17 @@ def _attention(decoder: Decoder, layers: int, tokens: float) -> float:
 
 
 def recalibrator_forward(load: Load, sample: Sample) -> float:
-    """Mixed pass, and the regular one where there is one."""
-    rows = [sample.student] + [sample.teacher] * (load.passes - 1)
+    """The student's questions in all passes but the regular one."""
+    rows = [sample.student] * (load.passes - load.has_regular)
+    rows += [sample.teacher] * load.has_regular
     blocks = sum(_blocks(load, count, sample.answer) for count in rows)
     projected = _projected_rows(load, sample) + load.passes * sample.answer
     return blocks + _projection(load, projected)
 
 
 def _projected_rows(load: Load, sample: Sample) -> float:
-    """Through Proj-pre; the answer's are shared by both passes."""
-    return sample.teacher if load.passes > 1 else sample.answer
+    """Through Proj-pre; the answer's are shared by the passes."""
+    return sample.teacher if load.has_regular else sample.answer
 
 
 def _projection(load: Load, rows: float) -> float:

@@ -19,7 +19,6 @@ NOT_COUNTED = (
     "matrix (eager) and fragmentation do not count"
 )
 HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS = 1_600_000_000, 128  # ops/head_loss/chunked.py, on CUDA
-DISTANCE_MATRICES = 16  # ops/linear_distance.py
 CONTEXT_BYTES = 2 * GIB  # CUDA's context, its libraries' workspaces and NCCL's buffers: a guess
 PROCESS_BYTES = 2 * GIB  # Python, torch and transformers in a rank's host memory: a guess
 PHASES = ("teacher", "student", "update")
@@ -94,7 +93,10 @@ class Load:
     trains_student: bool  # else its body runs without a graph
     trains_head: bool = False
     student_ce: Literal["none", "measured", "trains"] = "none"  # through the student's head
-    distance: Literal["none", "student", "projected"] = "none"  # a baseline's: through whose head
+    # of a baseline: at the student's head in chunks or by whole conversations, or projected rows
+    # through the teacher's
+    distance: Literal["none", "chunks", "conversations", "projected"] = "none"
+    distance_matrices: int = 0  # as large as a chunk's logits, that one at the student's head holds
     checkpointing: bool = False
     teacher: Model | None = None
     teacher_zero: Zero | None = None
@@ -105,7 +107,9 @@ class Load:
     recalibrator: int = 0  # parameters; of dskd, its projection's
     depth: int = 0
     packed_recalibrator: bool = True  # its blocks are ours (models/packed_blocks.py)
-    passes: int = 1  # 2 with a regular pass
+    passes: int = 1  # of the Recalibrator, a regular one among them
+    has_regular: bool = False
+    head_calls: int = 1  # of head_loss: passes whose labels differ have one each
 
     def share(self, numbers: int) -> int:
         """A rank's part of a flat tensor, the last rank's padded."""
@@ -301,7 +305,8 @@ def _activations(load: Load) -> list[Part]:
         return parts
     # The mixed pass has the student's questions, the regular one the teacher's.
     mixed = max(load.student_tokens, load.teacher_tokens)
-    packed = load.micro_batch * (mixed + (load.passes - 1) * load.teacher_tokens)
+    others = load.passes - load.has_regular
+    packed = load.micro_batch * (others * mixed + load.has_regular * load.teacher_tokens)
     kept = load.depth * block_bytes(student, w) + (4 + 2 * w) * teacher.hidden
     return [
         *parts,
@@ -311,23 +316,30 @@ def _activations(load: Load) -> list[Part]:
 
 
 def _loss_chunk(load: Load) -> Part:
-    """Logits of one chunk of rows, within its budget; dW of a student's head that trains, once
-    for each term that it carries."""
+    """The largest chunk that a term computes with; dW of a student's head that trains, once for
+    each of its terms."""
     low = load.width * (load.width < 4)
     student, rows = load.student.vocab, load.loss_rows
-    chunks = [_chunk_bytes(rows, student * (4 + low))]
-    if load.teacher is not None and load.distance == "student":
-        columns = max(student, load.teacher.vocab)
-        chunks.append(_chunk_bytes(rows, columns * 4 * DISTANCE_MATRICES))
-    elif load.teacher is not None:
-        columns = load.teacher.vocab
+    chunks = {"no loss of a head": 0}
+    if load.student_ce != "none":
+        chunks["rows V (4 + w), <= 1.6 GB or 128 rows"] = _chunk_bytes(rows, student * (4 + low))
+    if load.distance in ("none", "projected") and load.teacher is not None:
+        columns, passes = load.teacher.vocab, load.passes
         if load.head == "vocab_parallel":
             rows, columns = rows * load.gpus, load.share(columns)
-        chunks.append(_chunk_bytes(rows, columns * (4 * (load.passes + 1) + low * load.passes)))
-    terms = (load.student_ce == "trains") + (load.distance == "student")
+        formula = "rows V (4 (passes + 1) + w passes), <= 1.6 GB or 128 rows"
+        chunks[formula] = _chunk_bytes(rows, columns * (4 * (passes + 1) + low * passes))
+    elif load.teacher is not None:
+        per_row = 4 * load.distance_matrices * max(student, load.teacher.vocab)
+        if load.distance == "conversations":
+            chunks["one conversation's rows V 4 matrices"] = rows // load.micro_batch * per_row
+        else:
+            chunks["rows V 4 matrices, <= 1.6 GB or 128 rows"] = _chunk_bytes(rows, per_row)
+    largest = max(chunks, key=lambda formula: chunks[formula])
+    terms = (load.student_ce == "trains") + (load.distance in ("chunks", "conversations"))
     gradient = 4 * student * load.student.decoder.hidden * load.trains_head * terms
-    formula = "rows V (4 (passes + 1) + w passes), <= 1.6 GB; dW 4 V D a term"
-    return Part("loss: logits of a chunk", max(chunks) + gradient, formula, "student")
+    formula = f"{largest}; dW 4 V D a term"
+    return Part("loss: logits of a chunk", chunks[largest] + gradient, formula, "student")
 
 
 def _chunk_bytes(rows: int, per_row: int) -> int:

@@ -61,11 +61,12 @@ def write_recipe(path: Path, **tree) -> Path:
     return path
 
 
-def partitioning_ds_configs(folder: Path) -> dict[str, str]:
+def partitioning_ds_configs(folder: Path, project: Path = ROOT) -> dict[str, str]:
     """The packaged ZeRO-3 files with no parameter small enough to be kept whole on every rank."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for side in ("student", "teacher"):
-        config = json.loads((ROOT / f"ds_configs/{side}_zero3.json").read_text())
+        config = json.loads((project / f"ds_configs/{side}_zero3.json").read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         path = folder / f"{side}_zero3.json"
         path.write_text(json.dumps(config))

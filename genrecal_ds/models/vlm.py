@@ -85,8 +85,10 @@ class LanguageHead(nn.Linear):
         matrices: int = MATRICES,
     ) -> tuple[Tensor, Tensor]:
         """(sum, distance per row [N]); see ops/linear_distance.py."""
-        chunks = (sizes, teacher_vocabulary, matrices)
-        return self(rows_ND, lambda rows, head: linear_distance(rows, head, distance, *chunks))
+        options = {"teacher_vocabulary": teacher_vocabulary, "matrices": matrices}
+        return self(
+            rows_ND, lambda rows, head: linear_distance(rows, head, distance, sizes, **options)
+        )
 
     def logits(self, rows: Tensor) -> Tensor:
         """What the model says of rows [.., D]: its transform included."""

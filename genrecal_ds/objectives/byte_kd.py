@@ -19,8 +19,10 @@ from genrecal_ds.models.head import ReplicatedHead
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows
 from genrecal_ds.objectives.token_kd import StudentKD
+from genrecal_ds.ops.gemm import wide
 from genrecal_ds.ops.next_byte import (
-    MATRICES,
+    BYTE_MATRICES,
+    NUM_SYMBOLS,
     Boundaries,
     ByteVocabulary,
     next_byte_kl,
@@ -52,7 +54,7 @@ class ByteKD(StudentKD):
         def of_chunk(logits_nV: Tensor, part: slice) -> Tensor:
             inside_I = (ours.row >= part.start) & (ours.row < part.stop)
             there, here = (Boundaries(*(x[inside_I] for x in side)) for side in (theirs, ours))
-            teacher_IC = self._teacher_mass(teacher_rows.targets_NH, there)
+            teacher_IC = self.teacher_mass(teacher_rows.targets_NH, there, len(logits_nV))
             at = here._replace(row=here.row - part.start)
             student_IC = next_byte_log_mass(logits_nV, at, self.vocabularies[1])
             kl_I = next_byte_kl(teacher_IC, student_IC)
@@ -60,7 +62,7 @@ class ByteKD(StudentKD):
 
         columns = len(self.teacher_head.head.weight_VH)
         distance = self.student.head.distance(
-            rows_MD, of_chunk, teacher_vocabulary=columns, matrices=MATRICES
+            rows_MD, of_chunk, teacher_vocabulary=columns, matrices=BYTE_MATRICES
         )
         return *distance, is_taught_M
 
@@ -80,8 +82,14 @@ class ByteKD(StudentKD):
         return theirs, ours
 
     @torch.no_grad()
-    def _teacher_mass(self, targets_NH: Tensor, at: Boundaries) -> Tensor:
-        """[I, C]"""
+    def teacher_mass(self, targets_NH: Tensor, at: Boundaries, most: int) -> Tensor:
+        """[I, C]. Of at most so many of the teacher's rows at once: where its tokens are shorter, a
+        chunk of the student's rows stands beside several times as many."""
         rows, row = at.row.unique(return_inverse=True)  # boundaries of one token ask the same row
-        logits_nW = self.teacher_head.logits(targets_NH.index_select(0, rows))
-        return next_byte_log_mass(logits_nW, at._replace(row=row), self.vocabularies[0])
+        mass_IC = targets_NH.new_empty(len(row), NUM_SYMBOLS, dtype=wide(targets_NH))
+        for start in range(0, len(rows), most):
+            logits_nW = self.teacher_head.logits(targets_NH[rows[start : start + most]])
+            here = (row >= start) & (row < start + most)
+            inside = Boundaries(row[here] - start, at.token[here], at.depth[here])
+            mass_IC[here] = next_byte_log_mass(logits_nW, inside, self.vocabularies[0])
+        return mass_IC

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from genrecal_ds.ops import IGNORE
 from genrecal_ds.ops.checks import check_labels, expect
@@ -96,6 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return ce_N @ row_weights_N, ce_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _):
         gradients = [
             None if gradient is None else scaled(gradient, grad_loss, ctx.weight_dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 END, STOP, NUM_SYMBOLS = 256, 257, 258
-MATRICES = 8  # of the logits' size that both functions together hold at once; 6.7 measured
+BYTE_MATRICES = 8  # of the logits' size that both functions together hold at once; 5.8 measured
 NARROW = 16  # a boundary that more than 1 in so many tokens go on from is summed densely
 _TINY = 1e-38  # in a logarithm: what is there but lost in rounding is not taken for absent
 
@@ -46,7 +46,7 @@ class Boundaries(NamedTuple):
 def next_byte_log_mass(logits_nV: Tensor, at: Boundaries, vocabulary: ByteVocabulary) -> Tensor:
     """[I, C] fp32 or wider, logarithms up to a constant of each row; -inf for absent symbols."""
     is_start = at.depth == 0
-    place = vocabulary.place_V[at.token]
+    place = vocabulary.place_V[at.token.masked_fill(is_start, 0)]  # a start asks for no token
     low, high = (table[place, at.depth].long() for table in (vocabulary.low_WD, vocabulary.high_WD))
     is_wide = ~is_start & (high - low > len(vocabulary.token_W) // NARROW)
     is_narrow = ~is_start & ~is_wide

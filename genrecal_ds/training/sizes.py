@@ -11,6 +11,9 @@ from genrecal_ds.memory import Decoder, Load, Model, Zero
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, skeleton
+from genrecal_ds.objectives import mot
+from genrecal_ds.ops.linear_distance import MATRICES
+from genrecal_ds.ops.next_byte import BYTE_MATRICES
 from genrecal_ds.recipe_file import load_ds_config
 from genrecal_ds.stage_config import StageConfig
 from genrecal_ds.training.describe import describe
@@ -47,7 +50,9 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
     zero = Zero.of(load_ds_config(recipe.teacher_ds_config))
     # Rounded: an estimate is of use also where the batch does not divide yet.
     micro_steps = max(1, recipe.global_batch(stage) // (recipe.micro_batch(stage) * gpus))
-    regular = stage.kind == "align" and stage.losses.regularizer != "none"
+    has_regular = stage.kind == "align" and stage.losses.regularizer != "none"
+    rows = stage.answers.rows
+    distance, matrices = _distance(stage)
     chosen = recipe.recalibrator
     family = student.text_config.model_type
     return Load(
@@ -58,12 +63,16 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
         teacher_tokens=recipe.teacher.max_length,
         placement="cache" if recipe.reads_cache(stage) else recipe.teacher.placement,
         teacher_batches=min(recipe.teacher.forward_batches, micro_steps),
-        distance=_distance(stage),
+        distance=distance,
+        distance_matrices=matrices,
         head=recipe.teacher_head,
         recalibrator=recalibrator,
         depth=chosen.depth if stage.has_recalibrator else 0,
         packed_recalibrator=choose_blocks(family, chosen.blocks, chosen.attention) is not None,
-        passes=2 if regular else 1,
+        passes=1 + (rows == "both") + has_regular,
+        has_regular=has_regular,
+        # The pass with the student's own answer rows has labels of its own.
+        head_calls=(rows != "teacher") + (rows != "student" or has_regular),
     )
 
 
@@ -74,10 +83,16 @@ def _student_ce(stage: StageConfig) -> Literal["none", "measured", "trains"]:
     return "none" if stage.has_recalibrator else "measured"
 
 
-def _distance(stage: StageConfig) -> Literal["none", "student", "projected"]:
+def _distance(
+    stage: StageConfig,
+) -> tuple[Literal["none", "chunks", "conversations", "projected"], int]:
+    """(where it is computed, matrices that it holds there)."""
     if stage.kind == "dskd":
-        return "projected"
-    return "student" if stage.needs_logits else "none"
+        return "projected", 0
+    if stage.kind == "mot":
+        return "conversations", mot.MATRICES
+    matrices = BYTE_MATRICES if stage.kind == "byte_kd" else MATRICES
+    return ("chunks", matrices) if stage.needs_logits else ("none", 0)
 
 
 def model_of(vlm: VLM, keeps_whole: int) -> Model:

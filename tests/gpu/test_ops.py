@@ -109,7 +109,7 @@ def test_a_gradient_is_scaled_without_a_copy_of_its_own_dtype():
     before = torch.cuda.memory_allocated()
     rounded = scaled(sums, factor, torch.bfloat16)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before == rounded.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 2 * rounded.nbytes  # fp32's is twice
     assert torch.equal(rounded, (sums * factor).bfloat16())
 
 

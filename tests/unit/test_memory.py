@@ -15,7 +15,6 @@ import sys
 import pytest
 
 from genrecal_ds.memory import (
-    DISTANCE_MATRICES,
     GIB,
     HEAD_CHUNK_BYTES,
     HEAD_CHUNK_ROWS,
@@ -120,17 +119,25 @@ def test_the_frozen_head():
 def test_a_chunk_of_logits():
     # one pass: 152,064 (4 * 2 + 2) bytes a row, 1,024 rows; two: 152,064 (4 * 3 + 4), 640 rows
     assert parts()["loss: logits of a chunk"] == 1024 * 1_520_640
-    assert parts(passes=2)["loss: logits of a chunk"] == 640 * 2_433_024
+    regular = parts(passes=2, has_regular=True)
+    assert regular["loss: logits of a chunk"] == 640 * 2_433_024
     # through the student's head alone: 152,064 (4 + 2), 1,664 of 2,048 rows, and dW
     own = {"recalibrator": 0, "depth": 0, "trains_head": True, "student_ce": "trains"}
     alone = parts(**own, teacher=None, teacher_tokens=0)
     assert alone["loss: logits of a chunk"] == 1664 * 912_384 + 4 * 544_997_376
     # a distance at the student's head: 16 fp32 matrices of 128 rows; labels and it have a dW each
-    own |= {"distance": "student", "student_tokens": 128}
+    own |= {"distance": "chunks", "distance_matrices": 16, "student_tokens": 128}
     both = parts(**own)
     assert both["loss: logits of a chunk"] == 128 * 64 * 152_064 + 2 * 4 * 544_997_376
-    measured = parts(**own | {"student_ce": "measured"})
-    assert measured["loss: logits of a chunk"] == 128 * 64 * 152_064 + 4 * 544_997_376
+    own["student_ce"] = "measured"
+    one = 4 * 544_997_376
+    assert parts(**own)["loss: logits of a chunk"] == 128 * 64 * 152_064 + one
+    eight = parts(**own | {"distance_matrices": 8})
+    assert eight["loss: logits of a chunk"] == 128 * 32 * 152_064 + one
+    # by conversations no budget holds
+    own |= {"distance": "conversations", "distance_matrices": 7, "student_tokens": 2048}
+    whole = parts(**own, micro_batch=4)
+    assert whole["loss: logits of a chunk"] == 2048 * 28 * 152_064 + one
 
 
 def test_a_baseline_has_no_recalibrator():
@@ -141,12 +148,10 @@ def test_a_baseline_has_no_recalibrator():
 
 
 def test_the_chunk_is_that_of_the_loss():
-    from genrecal_ds.ops import linear_distance
     from genrecal_ds.ops.head_loss import chunked
 
     expected = (chunked.CHUNK_BYTES["cuda"], chunked.CHUNK_MULTIPLE["cuda"])
     assert (HEAD_CHUNK_BYTES, HEAD_CHUNK_ROWS) == expected
-    assert DISTANCE_MATRICES == linear_distance.MATRICES
 
 
 def test_activations():

@@ -29,6 +29,12 @@ def test_times_may_differ_and_nothing_else(tmp_path):
     assert not compared("weights", weights(base), weights(other))
 
 
+def test_what_is_no_longer_logged_is_a_difference(tmp_path):
+    there = {"loss": 1.5, "kl": 0.5}
+    assert not compared("numbers", {"loss": 1.5}, there)
+    assert compared("numbers", there | {"new": 1.0}, there)
+
+
 def test_nothing_to_compare_is_no_success(tmp_path):
     assert not compared("weights", weights(tmp_path), weights(tmp_path))
 

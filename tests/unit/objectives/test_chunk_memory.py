@@ -4,10 +4,14 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 from genrecal_ds.models.head import ReplicatedHead
 from genrecal_ds.models.token_bytes import byte_vocabulary
+from genrecal_ds.objectives import mot
+from genrecal_ds.objectives.byte_kd import ByteKD
 from genrecal_ds.objectives.logit_kd import divergence
+from genrecal_ds.objectives.mot import MultiLevelOT
 from genrecal_ds.objectives.uld import sorted_distance
 from genrecal_ds.ops import linear_distance, next_byte
 from genrecal_ds.ops.head_loss import Head
@@ -43,7 +47,20 @@ def test_token_by_token(name):
     assert 4 < held < linear_distance.MATRICES, held
 
 
-def test_byte_by_byte():
+def test_by_conversations():
+    theirs, targets = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH))), torch.randn(ROWS, WIDTH)
+    objective = MultiLevelOT(nn.Module(), theirs, LossConfig())
+    paired = torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool)
+
+    def of_conversation(logits, part):
+        return objective._of_conversation(logits, targets[part], *paired)
+
+    held = matrices_of(of_conversation)
+    assert 4 < held < mot.MATRICES, held
+
+
+@pytest.mark.parametrize("teacher_rows", [1, 2, 4])  # for one of the student's, at most
+def test_byte_by_byte(teacher_rows):
     draw = random.Random(0)
     words = {bytes([byte]) for byte in range(256)}
     while len(words) < VOCABULARY - 1:
@@ -59,13 +76,17 @@ def test_byte_by_byte():
         for depth in range(len(pieces[token]))
     ]
     at = next_byte.Boundaries(*torch.tensor(asked).T)
-    targets, theirs = torch.randn(ROWS, WIDTH), ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    there = at._replace(row=teacher_rows * at.row + at.depth % teacher_rows)
+    theirs = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    targets = torch.randn(teacher_rows * ROWS, WIDTH)
+    objective = ByteKD(nn.Module(), theirs, (table, table), LossConfig())
 
     def of_chunk(logits, part):
-        with torch.no_grad():
-            teacher = next_byte.next_byte_log_mass(theirs.logits(targets[part]), at, table)
+        teacher = objective.teacher_mass(targets, there, len(logits))
         kl = next_byte.next_byte_kl(teacher, next_byte.next_byte_log_mass(logits, at, table))
         return kl.new_zeros(len(logits)).index_add(0, at.row, kl)
 
     held = matrices_of(of_chunk)
-    assert 4 < held < next_byte.MATRICES, held
+    assert 4 < held < next_byte.BYTE_MATRICES, held
+    whole = objective.teacher_mass(targets, there, len(targets))
+    torch.testing.assert_close(objective.teacher_mass(targets, there, 7), whole)

@@ -28,15 +28,21 @@ from tests.fixtures import recipe_tree, write_recipe
 pytestmark = pytest.mark.unit
 
 STAGES = {
+    "pretrain": {"kind": "pretrain"},
     "sft": {"kind": "sft"},
     "sft without its head": {"kind": "sft", "train": ["layers", "norm"]},
     "align": {"kind": "align"},
     "align without a regular pass": {"kind": "align", "losses": {"regularizer": "none"}},
+    "align by mse": {"kind": "align", "losses": {"regularizer": "mse"}},
+    "align with both rows": {"kind": "align", "answers": {"rows": "both"}},
     "distill": {"kind": "distill"},
+    "distill its own rows": {"kind": "distill", "answers": {"rows": "student"}},
+    "distill both rows": {"kind": "distill", "answers": {"rows": "both"}},
     "distill without labels": {"kind": "distill", "losses": {"student_ce": 0}},
     "uld": {"kind": "uld"},
     "uld without labels": {"kind": "uld", "losses": {"student_ce": 0}},
     "uld without its head": {"kind": "uld", "train": ["layers", "norm"]},
+    "logit_kd": {"kind": "logit_kd"},
     "mot": {"kind": "mot"},
     "byte_kd": {"kind": "byte_kd", "losses": {"student_ce": 0}},
     "dskd": {"kind": "dskd"},
@@ -72,6 +78,8 @@ class SeenHead(NamedTuple):
 @pytest.mark.parametrize("name", STAGES)
 def test_products_with_the_heads(name, tmp_path, pair, shards):
     tree = recipe_tree(tmp_path, pair, shards, stages=[{"steps": 1, **STAGES[name]}])
+    if STAGES[name]["kind"] == "logit_kd":  # of one tokenizer
+        tree["teacher"] = {"path": str(pair / "student_untied"), "max_length": 128}
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", **tree))
     (stage,) = recipe.stages
     encoders = open_inputs(recipe).encoders[stage.needs_teacher]
