@@ -324,7 +324,8 @@ def _loss_chunk(load: Load) -> Part:
     if load.student_ce != "none":
         chunks["rows V (4 + w), <= 1.6 GB or 128 rows"] = _chunk_bytes(rows, student * (4 + low))
     if load.distance in ("none", "projected") and load.teacher is not None:
-        columns, passes = load.teacher.vocab, load.passes
+        # Each other call has one pass; the largest, all the rest.
+        columns, passes = load.teacher.vocab, load.passes - load.head_calls + 1
         if load.head == "vocab_parallel":
             rows, columns = rows * load.gpus, load.share(columns)
         formula = "rows V (4 (passes + 1) + w passes), <= 1.6 GB or 128 rows"

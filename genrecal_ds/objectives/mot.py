@@ -29,7 +29,7 @@ from genrecal_ds.stage_config import LossConfig
 KEPT = 50
 SEQUENTIAL, SINKHORN = 0.1, 0.1  # the paper's beta and gamma
 TEMPERATURE, ENTROPY, ITERATIONS = 2.0, 0.1, 20  # of the Sinkhorn distance
-MATRICES = 7  # of a conversation's logits' size, held at once; 6.1 measured
+MATRICES = 9  # of a conversation's logits' size, held at once: 6.1, and 2 of a softcapped head
 LEAST = 1e-8  # probability of a column that the student does not have
 
 

@@ -20,7 +20,8 @@ from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE
 from genrecal_ds.ops.head_loss.contract import Head
 
 ChunkDistance = Callable[[Tensor, slice], Tensor]  # (logits [n, V] of the rows, these) -> [n]
-# Of a chunk's logits' size that any distance may hold: JSD's 11, ULD's 10 and what a GPU sorts in.
+# Of a chunk's logits' size that any distance may hold: JSD's 11, ULD's 10 and what a GPU sorts in,
+# and 2 of a softcapped head.
 MATRICES = 16
 
 

@@ -2,8 +2,8 @@
 
 Sampled from the student as it stands, tokenised again for both models, and taught by the teacher's
 distributions alone: an answer of the student's own is no truth, so no cross entropy is taken on it
-(a rule of config.StageConfig). What is drawn depends on the recipe's seed, the step and the sample,
-not on ranks, so that a resumed run draws the same.
+(a rule of stage_config.StageConfig). What is drawn depends on the recipe's seed, the step and the
+sample, not on ranks, so that a resumed run draws the same.
 """
 
 import copy

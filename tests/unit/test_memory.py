@@ -121,6 +121,8 @@ def test_a_chunk_of_logits():
     assert parts()["loss: logits of a chunk"] == 1024 * 1_520_640
     regular = parts(passes=2, has_regular=True)
     assert regular["loss: logits of a chunk"] == 640 * 2_433_024
+    apart = parts(passes=2, head_calls=2)  # of other labels: one pass in each call
+    assert apart["loss: logits of a chunk"] == 1024 * 1_520_640
     # through the student's head alone: 152,064 (4 + 2), 1,664 of 2,048 rows, and dW
     own = {"recalibrator": 0, "depth": 0, "trains_head": True, "student_ce": "trains"}
     alone = parts(**own, teacher=None, teacher_tokens=0)

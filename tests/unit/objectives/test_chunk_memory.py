@@ -28,9 +28,9 @@ TOKEN_DISTANCES = {
 
 
 def matrices_of(distance) -> float:
-    """Held at once by a chunk of all rows, its gradient included."""
+    """Held at once by a chunk of all rows: its gradient too, and what a head's softcap keeps."""
     rows = torch.randn(ROWS, WIDTH, requires_grad=True)
-    head = Head(torch.randn(VOCABULARY, WIDTH))
+    head = Head(torch.randn(VOCABULARY, WIDTH), softcap=30.0)
     with LiveBytes() as live:
         linear_distance.linear_distance(rows, head, distance, sizes=[ROWS])
     return live.peak[""] / (4 * ROWS * VOCABULARY)
