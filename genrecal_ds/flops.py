@@ -57,13 +57,13 @@ def student_products(load: Load) -> int:
     trains (as if what is below it did, too); a term that is only measured, logits."""
     gradient = 3 if load.trains_head else 2
     of_ce = {"none": 0, "measured": 1, "trains": gradient}[load.student_ce]
-    return of_ce + gradient * (load.distance in ("chunks", "conversations"))
+    return of_ce + gradient * load.has_distance_at_own_head
 
 
 def teacher_products(load: Load) -> int:
     """With the teacher's: its logits for each call, the student's and their gradient for each
     pass. Boundary rows that weigh more are read twice; they are few, and not counted."""
-    if load.distance in ("chunks", "conversations"):
+    if load.has_distance_at_own_head:
         return 1
     return load.head_calls + 2 * load.passes
 

@@ -127,6 +127,11 @@ class Load:
         return -(-self.teacher.total // ranks)
 
     @property
+    def has_distance_at_own_head(self) -> bool:
+        """At the student's, whose logits are compared with the teacher's."""
+        return self.distance in ("chunks", "conversations")
+
+    @property
     def loss_rows(self) -> int:
         return self.micro_batch * min(self.student_tokens, self.teacher_tokens or 1 << 60)
 
@@ -323,7 +328,7 @@ def _loss_chunk(load: Load) -> Part:
     chunks = {"no loss of a head": 0}
     if load.student_ce != "none":
         chunks["rows V (4 + w), <= 1.6 GB or 128 rows"] = _chunk_bytes(rows, student * (4 + low))
-    if load.distance in ("none", "projected") and load.teacher is not None:
+    if load.teacher is not None and not load.has_distance_at_own_head:
         # Each other call has one pass; the largest, all the rest.
         columns, passes = load.teacher.vocab, load.passes - load.head_calls + 1
         if load.head == "vocab_parallel":
@@ -337,7 +342,7 @@ def _loss_chunk(load: Load) -> Part:
         else:
             chunks["rows V 4 matrices, <= 1.6 GB or 128 rows"] = _chunk_bytes(rows, per_row)
     largest = max(chunks, key=lambda formula: chunks[formula])
-    terms = (load.student_ce == "trains") + (load.distance in ("chunks", "conversations"))
+    terms = (load.student_ce == "trains") + load.has_distance_at_own_head
     gradient = 4 * student * load.student.decoder.hidden * load.trains_head * terms
     formula = f"{largest}; dW 4 V D a term"
     return Part("loss: logits of a chunk", chunks[largest] + gradient, formula, "student")
