@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.race import Contestants, device_facts, race, spread
-from genrecal_ds.data.alignment import align_bytes, align_rows
+from genrecal_ds.data.byte_matching import align_bytes, align_rows
 from genrecal_ds.models.token_bytes import byte_vocabulary
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
+from genrecal_ds.console.page import html_page, picture
+from genrecal_ds.console.text import printable_lines
 from genrecal_ds.data.reader import BadSample, Sample
-from genrecal_ds.page import html_page, picture
-from genrecal_ds.text import printable_lines
 
 THUMBNAIL = 256  # pixels of the longer side
 

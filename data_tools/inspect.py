@@ -15,10 +15,10 @@ from rich.text import Text
 
 from data_tools.build import not_negative, positive
 from data_tools.text import complain
+from genrecal_ds.console.text import printable
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import BadSample, Sample, ShardReader
 from genrecal_ds.errors import UserError
-from genrecal_ds.text import printable
 
 EXAMPLE = """example:
   python -m data_tools.inspect shards/train --sample 12 --html sheet.html --count 48

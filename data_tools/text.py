@@ -1,8 +1,8 @@
-"""Complaints of the commands, safe to show: names from data go through genrecal_ds.text."""
+"""Complaints of the commands, safe to show: names from data go through genrecal_ds.console.text."""
 
 import sys
 
-from genrecal_ds.text import printable
+from genrecal_ds.console.text import printable
 
 
 def complain(message: object) -> None:

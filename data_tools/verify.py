@@ -13,10 +13,10 @@ import numpy as np
 
 from data_tools.progress import progress_bar
 from data_tools.text import complain
+from genrecal_ds.console.text import printable
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.reader import TAR_ERRORS, BadSample, ShardReader, tar_stages
 from genrecal_ds.errors import UserError
-from genrecal_ds.text import printable
 
 EXAMPLE = """example:
   python -m data_tools.verify shards/train

@@ -17,14 +17,14 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from genrecal_ds.arguments import positive
-from genrecal_ds.config import ModelSource, Recipe
+from genrecal_ds.console.arguments import positive
+from genrecal_ds.console.refusals import Report
 from genrecal_ds.errors import UserError
-from genrecal_ds.hosts import Cluster, cluster_of
-from genrecal_ds.memory import GIB, NOT_COUNTED, Estimate, estimate
-from genrecal_ds.recipe_file import load_recipe
-from genrecal_ds.refusals import Report
-from genrecal_ds.stage_config import StageConfig
+from genrecal_ds.estimate.memory import GIB, NOT_COUNTED, Estimate, estimate
+from genrecal_ds.recipe.config import ModelSource, Recipe
+from genrecal_ds.recipe.hostfile import Cluster, cluster_of
+from genrecal_ds.recipe.recipe_file import load_recipe
+from genrecal_ds.recipe.stage_config import StageConfig
 
 if TYPE_CHECKING:
     from genrecal_ds.data.index import ShardIndex
@@ -65,13 +65,13 @@ class Case:
 
 def models(case: Case) -> None:
     """Both folders, from their config and the headers of their weights."""
+    from genrecal_ds.estimate.describe import describe_blocks
+    from genrecal_ds.estimate.sizes import body_of
     from genrecal_ds.models.loading import Checkpoint, find_sources
     from genrecal_ds.models.packing import OURS
     from genrecal_ds.models.processors import backend
     from genrecal_ds.models.replica import int8_quantizer
-    from genrecal_ds.training.describe import describe_blocks
     from genrecal_ds.training.inputs import allow_code
-    from genrecal_ds.training.sizes import body_of
 
     report = case.report
     for side, source in case.sources.items():
@@ -210,7 +210,7 @@ def all_lengths(case: Case) -> None:
 
 def stages(case: Case) -> None:
     """What trains, and what a stage starts from."""
-    from genrecal_ds.training.describe import freeze_map
+    from genrecal_ds.estimate.describe import freeze_map
 
     for stage in case.recipe.stages:
         key = f"stages.{stage.name}"
@@ -254,7 +254,7 @@ def _starts(case: Case, stage: StageConfig) -> None:
 
 def memory(case: Case) -> None:
     """Whether ranks divide the batch, and whether each stage fits."""
-    from genrecal_ds.training.sizes import load_of
+    from genrecal_ds.estimate.sizes import load_of
 
     report, cluster = case.report, case.cluster
     if cluster is None:

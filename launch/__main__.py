@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from genrecal_ds.console.redact import redact_output
 from genrecal_ds.errors import UserError
-from genrecal_ds.hosts import read_hostfile
-from genrecal_ds.recipe_file import check_folders, load_recipe
-from genrecal_ds.redact import redact_output
+from genrecal_ds.recipe.hostfile import read_hostfile
+from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from launch.attempt import begin, outcome
 from launch.hosts import LOCAL_HOSTS, run_over
 from launch.train import find_recipe

@@ -19,11 +19,11 @@ from typing import Any
 
 import yaml
 
-from genrecal_ds.config import Recipe
+from genrecal_ds.console.redact import redact_tree
 from genrecal_ds.errors import UserError
-from genrecal_ds.recipe_file import check_folders, load_recipe
-from genrecal_ds.redact import redact_tree
-from genrecal_ds.training.stopping import STOP_FILE
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
+from genrecal_ds.training.guards.stopping import STOP_FILE
 from launch.train import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

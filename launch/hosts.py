@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
+from genrecal_ds.console.redact import redact
 from genrecal_ds.errors import UserError
-from genrecal_ds.redact import redact
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("localhost", "127.0.0.1")

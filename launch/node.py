@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from genrecal_ds.hosts import HOST
+from genrecal_ds.recipe.hostfile import HOST
 
 Messages = queue.SimpleQueue  # of str: stop, kill, lost
 

@@ -17,15 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout, uninstalled
 
-from genrecal_ds.training import stopping  # noqa: E402
+from genrecal_ds.training.guards import stopping  # noqa: E402
 
 if __name__ == "__main__":
     stopping.listen()  # before anything slow: until then SIGUSR1 would end the process
 
-from genrecal_ds.config import Recipe  # noqa: E402
+from genrecal_ds.console.redact import redact_output, redact_tree  # noqa: E402
 from genrecal_ds.errors import UserError  # noqa: E402
-from genrecal_ds.recipe_file import check_folders, load_recipe  # noqa: E402
-from genrecal_ds.redact import redact_output, redact_tree  # noqa: E402
+from genrecal_ds.recipe.config import Recipe  # noqa: E402
+from genrecal_ds.recipe.recipe_file import check_folders, load_recipe  # noqa: E402
 
 TORCH_RANGE = ((2, 11), (2, 15))  # as in setup.py
 
@@ -125,7 +125,7 @@ def _check_versions() -> None:
 def _dry_run(recipe: Recipe) -> int:
     import yaml
 
-    from genrecal_ds.training.describe import describe_blocks, freeze_map
+    from genrecal_ds.estimate.describe import describe_blocks, freeze_map
     from genrecal_ds.training.inputs import open_inputs
 
     open_inputs(recipe)
@@ -174,7 +174,7 @@ def _check_devices() -> None:
     import torch
 
     from genrecal_ds import dist
-    from genrecal_ds.hosts import refuse_shared_devices
+    from genrecal_ds.recipe.hostfile import refuse_shared_devices
 
     stated = int(os.environ.get("WORLD_SIZE", 1))
     if dist.world_size() != stated:

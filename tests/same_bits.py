@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from genrecal_ds.hosts import free_port
+from genrecal_ds.recipe.hostfile import free_port
 from tests.fixtures import (
     ROOT,
     build_digit_shards,

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from genrecal_ds.ablate import probes, table
 from genrecal_ds.ablate.grid import Grid, Run, claim, load_grid, runs_of
-from genrecal_ds.arguments import positive, share
+from genrecal_ds.console.arguments import positive, share
 from genrecal_ds.errors import UserError
-from genrecal_ds.hosts import free_port
+from genrecal_ds.recipe.hostfile import free_port
 
 
 def perform(run: Run, grid: Grid, launcher: Sequence[str], num_threads: int) -> str:

@@ -32,8 +32,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.recipe_file import check_folders, load_recipe, tree_error
-from genrecal_ds.stage_config import Section
+from genrecal_ds.recipe.recipe_file import check_folders, load_recipe, tree_error
+from genrecal_ds.recipe.stage_config import Section
 
 ALL_ARMS, PROBES = "All arms", "Probes"  # tables that the grid does not name
 ORDERS = 1000  # seeds of stages are this far apart from one seed of the grid to the next

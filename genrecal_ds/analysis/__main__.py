@@ -21,12 +21,12 @@ from genrecal_ds.analysis.features import boundary_points, embed, mixing, own_lo
 from genrecal_ds.analysis.page import write_page
 from genrecal_ds.analysis.probes import Subject, cosines, single_turns
 from genrecal_ds.analysis.report import read_log
-from genrecal_ds.arguments import positive
-from genrecal_ds.config import Recipe
+from genrecal_ds.console.arguments import positive
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
-from genrecal_ds.recipe_file import load_recipe
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.recipe_file import load_recipe
 
 STAGES = ("align", "distill")
 FIGURES = {

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.batch import Alignment, PairBatch, collate
+from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.pair import Pair, Unusable
@@ -35,7 +35,7 @@ from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives import TeacherRows
 from genrecal_ds.objectives.byte_kd import ByteKD
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from genrecal_ds.page import html_page, picture_file
+from genrecal_ds.console.page import html_page, picture_file
 
 _BODY = """
 <p>{{ result.num_samples }} held-out conversations of one turn. Own CE before training: teacher

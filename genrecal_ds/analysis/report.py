@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from genrecal_ds.analysis.report_page import Series, line_chart, report_page
+from genrecal_ds.console.page import picture, picture_file
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
-from genrecal_ds.page import picture, picture_file
 
 NUM_EXAMPLES = 24
 # One chart each: title, stages of the run, metrics

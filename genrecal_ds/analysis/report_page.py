@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from genrecal_ds.page import html_page
+from genrecal_ds.console.page import html_page
 
 WIDTH, HEIGHT = 520, 220  # of a chart, pixels
 COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#57606a")

@@ -8,12 +8,12 @@ from itertools import groupby
 import numpy as np
 from rich.text import Text
 
+from genrecal_ds.console.text import printable
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.pair import EncodedChat, TooLong, Unusable
 from genrecal_ds.data.reader import BadSample, ShardReader
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.text import printable
 
 BARS, BAR_WIDTH = 8, 40  # of a histogram up to max_length
 # What a position is, and how it shows: (style in colour, marks without).

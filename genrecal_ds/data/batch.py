@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.alignment import Aligner
+from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.packed import Packing, TurnRows, pack
 from genrecal_ds.data.pair import EncodedChat, Pair
 from genrecal_ds.data.passes import aligned, mixed, regular
@@ -25,7 +25,7 @@ IGNORE = -100  # label of rows that teach nothing
 
 
 class Alignment(NamedTuple):
-    """What a stage wants of the two tokenisations' bytes; see data/alignment.py."""
+    """What a stage wants of the two tokenisations' bytes; see data/byte_matching.py."""
 
     aligner: Aligner
     answers: Literal["teacher", "student", "both"] = "teacher"  # whose rows a pass reads

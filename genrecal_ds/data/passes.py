@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.alignment import Aligner
+from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.packed import TurnRows
 from genrecal_ds.data.pair import EncodedChat, Pair
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from genrecal_ds.console.page import html_page, picture
+from genrecal_ds.console.text import printable, printable_lines
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
-from genrecal_ds.page import html_page, picture
-from genrecal_ds.text import printable, printable_lines
 
 THUMBNAIL = 320  # pixels of the longer side
 

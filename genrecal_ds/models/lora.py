@@ -5,9 +5,9 @@ Shapes: r rank, I inputs, O outputs of a linear layer.
 
 from torch import Tensor, nn
 
-from genrecal_ds.config import LoraConfig
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.vlm import VLM
+from genrecal_ds.recipe.config import LoraConfig
 
 ADAPTER = "default"  # peft's name for a module's only adapter
 

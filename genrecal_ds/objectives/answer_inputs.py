@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from genrecal_ds.data.batch import TeacherBatch
-from genrecal_ds.stage_config import AnswersConfig
+from genrecal_ds.recipe.stage_config import AnswersConfig
 
 SPAN = 3  # rows that are zeroed together
 

@@ -4,7 +4,7 @@
 
 Every answer row of the student is taught, through the head that is exported, and nothing is thrown
 away; see ops/next_byte.py for what is compared and docs/method.md for when it pays. A boundary
-that only one tokenisation can be asked at (data/alignment.py) has no part.
+that only one tokenisation can be asked at (data/byte_matching.py) has no part.
 
 Shapes: M student loss rows, N teacher loss rows, D student width, H teacher width, I shared
 boundaries, C symbols.
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.data.batch import PairBatch
-from genrecal_ds.metrics import Clock
 from genrecal_ds.models.head import ReplicatedHead
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows
+from genrecal_ds.objectives.report import Clock
 from genrecal_ds.objectives.token_kd import StudentKD
 from genrecal_ds.ops.gemm import wide
 from genrecal_ds.ops.next_byte import (
@@ -28,7 +28,7 @@ from genrecal_ds.ops.next_byte import (
     next_byte_kl,
     next_byte_log_mass,
 )
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig
 
 
 class ByteKD(StudentKD):

@@ -14,12 +14,12 @@ Shapes: M student loss rows, N teacher loss rows, D student width, H teacher wid
 from torch import Tensor, nn
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
-from genrecal_ds.metrics import Clock
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows
+from genrecal_ds.objectives.report import Clock
 from genrecal_ds.objectives.token_kd import StudentKD, paired_rows
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig
 
 
 class ProjectedKD(StudentKD):

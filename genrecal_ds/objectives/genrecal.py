@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from genrecal_ds.data.batch import IGNORE, PairBatch, TeacherBatch
-from genrecal_ds.metrics import Clock, Report
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.answer_inputs import AnswerInputs
+from genrecal_ds.objectives.report import Clock, Report
 from genrecal_ds.objectives.supervised import student_ce
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig
 
 
 class GenRecal(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from genrecal_ds.objectives.token_kd import Distance
 from genrecal_ds.ops.head_loss.contract import Divergence
 from genrecal_ds.ops.head_loss.reference import divergence_of
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig
 
 
 def divergence(losses: LossConfig, vocabulary: int) -> Distance:

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
-from genrecal_ds.metrics import Clock
 from genrecal_ds.models.head import ReplicatedHead
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows
+from genrecal_ds.objectives.report import Clock
 from genrecal_ds.objectives.token_kd import StudentKD, paired_rows
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig
 
 KEPT = 50
 SEQUENTIAL, SINKHORN = 0.1, 0.1  # the paper's beta and gamma

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from genrecal_ds.data.batch import PairBatch
-from genrecal_ds.metrics import Clock, Report
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
+from genrecal_ds.objectives.report import Clock, Report
 from genrecal_ds.objectives.token_kd import StudentKD
 
 

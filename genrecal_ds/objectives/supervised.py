@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from genrecal_ds.data.batch import IGNORE, PairBatch, StudentBatch
-from genrecal_ds.metrics import Clock, Report
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows, Totals
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.objectives.report import Clock, Report
+from genrecal_ds.recipe.stage_config import LossConfig
 
 
 def student_ce(

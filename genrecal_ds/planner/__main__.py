@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from rich.console import Console
 
-from genrecal_ds.arguments import positive
-from genrecal_ds.config import Recipe
+from genrecal_ds.console.arguments import positive
+from genrecal_ds.console.refusals import Report
 from genrecal_ds.errors import UserError
-from genrecal_ds.flops import Sample
+from genrecal_ds.estimate.flops import Sample
 from genrecal_ds.planner import report as say
 from genrecal_ds.planner.cost import Machine
 from genrecal_ds.planner.facts import (
@@ -33,10 +33,10 @@ from genrecal_ds.planner.facts import (
     model_names,
 )
 from genrecal_ds.planner.search import Plan, Search, Work
-from genrecal_ds.refusals import Report
+from genrecal_ds.recipe.config import Recipe
 
 if TYPE_CHECKING:
-    from genrecal_ds.memory import Load
+    from genrecal_ds.estimate.memory import Load
 
 STAGES = tuple(PAPER_SAMPLES)
 
@@ -66,7 +66,7 @@ def loads_of(
     teacher: str, student: str, scratch: Path, arguments: argparse.Namespace
 ) -> "dict[str, Load]":
     """What memory.py calculates with, by stage. Raises UserError for a model not to be built."""
-    from genrecal_ds.training.sizes import load_of
+    from genrecal_ds.estimate.sizes import load_of
 
     length = arguments.max_length
     tree = {

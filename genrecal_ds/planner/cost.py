@@ -11,8 +11,8 @@ ranks brings each b (P - 1) / P; through rings, whose latency is P - 1 hops.
 
 from typing import NamedTuple
 
-from genrecal_ds import flops
-from genrecal_ds.memory import Load
+from genrecal_ds.estimate import flops
+from genrecal_ds.estimate.memory import Load
 from genrecal_ds.planner.facts import Gpu
 
 HOP_SECONDS = 3e-6  # a guess: of one step of a ring

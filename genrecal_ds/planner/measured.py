@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from genrecal_ds import flops
 from genrecal_ds.errors import UserError
+from genrecal_ds.estimate import flops
 from genrecal_ds.planner.cost import wire
-from genrecal_ds.recipe_file import load_recipe
+from genrecal_ds.recipe.recipe_file import load_recipe
 
 WARM_UP = 5
 
@@ -43,7 +43,7 @@ class Measured:
 
 def read(stage: Path) -> Measured:
     """Of RUN/STAGE, from the run's recipe and the stage's log. Raises UserError without them."""
-    from genrecal_ds.training.sizes import load_of
+    from genrecal_ds.estimate.sizes import load_of
 
     log, recipe_file = stage / "metrics.jsonl", stage.parent / "recipe.yaml"
     for path in (log, recipe_file):

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from genrecal_ds import flops
-from genrecal_ds.memory import GIB, NOT_COUNTED, Load
+from genrecal_ds.estimate import flops
+from genrecal_ds.estimate.memory import GIB, NOT_COUNTED, Load
 from genrecal_ds.planner.cost import Machine
 from genrecal_ds.planner.facts import (
     GPUS,

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from genrecal_ds.config import Placement
-from genrecal_ds.flops import Sample
-from genrecal_ds.memory import GIB, Estimate, Load, Zero, estimate
+from genrecal_ds.estimate.flops import Sample
+from genrecal_ds.estimate.memory import GIB, Estimate, Load, Zero, estimate
 from genrecal_ds.planner.cost import Machine, Step, micro_steps, step_seconds, wire
-from genrecal_ds.recipe_file import load_ds_config
+from genrecal_ds.recipe.config import Placement
+from genrecal_ds.recipe.recipe_file import load_ds_config
 
 Head = Literal["replicated", "gathered", "vocab_parallel"]
 PLACEMENTS: tuple[Placement, ...] = (

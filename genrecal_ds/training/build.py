@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
@@ -23,19 +22,20 @@ from genrecal_ds.data.loader import PairDataset, PairEncoders
 from genrecal_ds.data.plan import PADDING, Order, StepPlan
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.export import write_student
-from genrecal_ds.metrics import Clock
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.lora import merged
 from genrecal_ds.models.recalibrator import save_recalibrator
 from genrecal_ds.models.vlm import VLM
-from genrecal_ds.recipe_file import load_ds_config
-from genrecal_ds.stage_config import StageConfig
-from genrecal_ds.training.answers import InLoopScores
+from genrecal_ds.objectives.report import Clock
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.recipe_file import load_ds_config
+from genrecal_ds.recipe.stage_config import StageConfig
 from genrecal_ds.training.engine import (
     StudentEngine,
     Teacher,
     monitor_config,
 )
+from genrecal_ds.training.in_loop_scores import InLoopScores
 from genrecal_ds.training.inputs import Inputs
 from genrecal_ds.training.objective import alignment_of, build_objective
 from genrecal_ds.training.on_policy import OnPolicy

@@ -25,8 +25,8 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from torch import Tensor
 
 from genrecal_ds import dist
-from genrecal_ds.config import CheckpointConfig
 from genrecal_ds.errors import UserError
+from genrecal_ds.recipe.config import CheckpointConfig
 from genrecal_ds.training.engine import StudentEngine
 from genrecal_ds.training.manifest import (
     MANIFEST,

@@ -26,8 +26,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import OptimizerConfig
-from genrecal_ds.hosts import free_port
+from genrecal_ds.recipe.config import OptimizerConfig
+from genrecal_ds.recipe.hostfile import free_port
 
 Module = TypeVar("Module", bound=nn.Module)
 DsConfig = dict[str, Any]

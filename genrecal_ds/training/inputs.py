@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from genrecal_ds.config import ModelSource, Recipe
 from genrecal_ds.data import lengths
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.lengths import Lengths
@@ -13,6 +12,7 @@ from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.families import Family
 from genrecal_ds.models.remote import allow
 from genrecal_ds.models.token_bytes import token_bytes
+from genrecal_ds.recipe.config import ModelSource, Recipe
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from pathlib import Path
 from torch import nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe
-from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.batch import Alignment
+from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.loader import PairEncoders
-from genrecal_ds.metrics import Clock
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.head import ReplicatedHead, load_embedding, place_frozen_head
 from genrecal_ds.models.recalibrator import load_recalibrator
@@ -21,12 +19,14 @@ from genrecal_ds.objectives.dskd import ProjectedKD
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.logit_kd import divergence
 from genrecal_ds.objectives.mot import MultiLevelOT
+from genrecal_ds.objectives.report import Clock
 from genrecal_ds.objectives.several_teachers import SeveralTeachers
 from genrecal_ds.objectives.supervised import Supervised
 from genrecal_ds.objectives.token_kd import TokenKD
 from genrecal_ds.objectives.uld import sorted_distance
 from genrecal_ds.ops.next_byte import ByteVocabulary
-from genrecal_ds.stage_config import StageConfig
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.stage_config import StageConfig
 from genrecal_ds.training.weights import (
     DTYPES,
     new_recalibrator,

@@ -18,7 +18,7 @@ from genrecal_ds.data.pair import Messages, Pair, Unusable
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.vlm import VLM
-from genrecal_ds.stage_config import OnPolicyConfig
+from genrecal_ds.recipe.stage_config import OnPolicyConfig
 from genrecal_ds.training.decoding import decode, drawn
 
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe
 from genrecal_ds.errors import UserError
-from genrecal_ds.stage_config import StageConfig
-from genrecal_ds.training import stopping
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.stage_config import StageConfig
 from genrecal_ds.training.build import build_stage, fill_cache
+from genrecal_ds.training.guards import stopping
 from genrecal_ds.training.inputs import Inputs
 from genrecal_ds.training.manifest import write_atomically
 from genrecal_ds.training.trainer import Trainer

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from genrecal_ds.config import OptimizerConfig
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.vlm import COMPONENTS, VLM
-from genrecal_ds.stage_config import StageConfig
+from genrecal_ds.recipe.config import OptimizerConfig
+from genrecal_ds.recipe.stage_config import StageConfig
 
 
 class StageFacts(NamedTuple):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import IGNORE, PairBatch, SideBatch, to_device
 from genrecal_ds.data.features import SCALED_TOGETHER, Features, FeatureStore, FeatureWriter
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.loader import CachedPairEncoders, PairDataset, PairEncoders, micro_batches
 from genrecal_ds.data.plan import GivenSamples
 from genrecal_ds.errors import UserError
+from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.training.engine import Teacher
 
 ENCODED_FOR_AN_ESTIMATE = 16  # samples; their mean times all is what is said before writing

@@ -15,27 +15,27 @@ import numpy as np
 import torch
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import PairBatch, join_teacher, to_device
 from genrecal_ds.data.loader import micro_batches
 from genrecal_ds.data.pair import side_of
 from genrecal_ds.data.plan import GivenSamples, StepPlan
-from genrecal_ds.metrics import JsonlLog, Report
 from genrecal_ds.objectives import TeacherRows, Totals
-from genrecal_ds.stage_config import StageConfig
-from genrecal_ds.training import stopping
-from genrecal_ds.training.agreement import agree, batch_digest
+from genrecal_ds.objectives.report import JsonlLog, Report
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.stage_config import StageConfig
 from genrecal_ds.training.build import StageParts
 from genrecal_ds.training.checkpoint import Checkpoints
-from genrecal_ds.training.counts import SampleCounts
-from genrecal_ds.training.faults import Faults
-from genrecal_ds.training.health import warnings_of
+from genrecal_ds.training.guards import stopping
+from genrecal_ds.training.guards.agreement import agree, batch_digest
+from genrecal_ds.training.guards.counts import SampleCounts
+from genrecal_ds.training.guards.faults import Faults
+from genrecal_ds.training.guards.health import warnings_of
+from genrecal_ds.training.guards.watchdog import Watchdog
 from genrecal_ds.training.manifest import write_atomically
 from genrecal_ds.training.progress import Profiler, Progress, peak_memory_gib
 from genrecal_ds.training.records import finite, rates, token_counts
 from genrecal_ds.training.stages import learning_rate
 from genrecal_ds.training.teacher_cache import flushed, keep
-from genrecal_ds.training.watchdog import Watchdog
 
 
 class Trainer:

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from genrecal_ds import dist
-from genrecal_ds.config import ModelSource, Recipe
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.head import load_final_norm
@@ -14,7 +13,8 @@ from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.replica import load_replica
 from genrecal_ds.models.vlm import VLM, TeacherBody, read_config, skeleton
-from genrecal_ds.recipe_file import load_ds_config
+from genrecal_ds.recipe.config import ModelSource, Recipe
+from genrecal_ds.recipe.recipe_file import load_ds_config
 from genrecal_ds.training.engine import (
     Teacher,
     TeacherEngine,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.hosts import free_port
+from genrecal_ds.recipe.hostfile import free_port
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 FOLDER = Path("runs/demo")  # the recipes name it too

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from genrecal_ds import dist
-from genrecal_ds.config import CheckpointConfig, OptimizerConfig
 from genrecal_ds.errors import UserError
-from genrecal_ds.recipe_file import load_ds_config
+from genrecal_ds.recipe.config import CheckpointConfig, OptimizerConfig
+from genrecal_ds.recipe.recipe_file import load_ds_config
 from genrecal_ds.training import engine
 from genrecal_ds.training.checkpoint import Checkpoints
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from genrecal_ds import dist
-from genrecal_ds.config import Recipe
 from genrecal_ds.data.batch import to_device
 from genrecal_ds.errors import UserError
-from genrecal_ds.recipe_file import load_recipe
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.recipe_file import load_recipe
 from genrecal_ds.training import engine
-from genrecal_ds.training.agreement import CallMismatch
 from genrecal_ds.training.build import build_stage
+from genrecal_ds.training.guards.agreement import CallMismatch
 from genrecal_ds.training.inputs import open_inputs
 from genrecal_ds.training.trainer import Trainer
 

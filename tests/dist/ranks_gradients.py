@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from genrecal_ds import dist
 from genrecal_ds.data.batch import to_device
-from genrecal_ds.recipe_file import load_recipe
+from genrecal_ds.recipe.recipe_file import load_recipe
 from genrecal_ds.training import engine
 from genrecal_ds.training.build import build_stage
 from genrecal_ds.training.inputs import open_inputs

@@ -11,7 +11,7 @@ from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.plan import PADDING
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.models.recalibrator import Recalibrator
-from genrecal_ds.recipe_file import load_recipe
+from genrecal_ds.recipe.recipe_file import load_recipe
 from genrecal_ds.training.inputs import open_inputs
 from launch.demo.pair import build_teacher
 from tests.dist.reference import Reference

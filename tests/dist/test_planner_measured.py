@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from genrecal_ds.memory import CONTEXT_BYTES, Load, estimate
+from genrecal_ds.estimate.memory import CONTEXT_BYTES, Load, estimate
+from genrecal_ds.estimate.sizes import load_of
 from genrecal_ds.planner import measured as command
 from genrecal_ds.planner.cost import wire
-from genrecal_ds.recipe_file import load_recipe
-from genrecal_ds.training.sizes import load_of
+from genrecal_ds.recipe.recipe_file import load_recipe
 from launch.demo.pair import build_student, build_teacher
 from tests.fixtures import ROOT, records, run_ranks, texts_of_digits, write_recipe
 

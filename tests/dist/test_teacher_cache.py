@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from genrecal_ds.data.features import FeatureStore
-from tests.dist.test_faults import start_ranks, wait_for_steps
+from tests.dist.test_faults_ranks import start_ranks, wait_for_steps
 from tests.fixtures import ROOT, recipe_tree, records, run_ranks, write_recipe
 
 pytestmark = pytest.mark.dist

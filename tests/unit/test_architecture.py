@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("genrecal_ds", "data_tools", "ds_configs", "launch")
 OPS_MAY_IMPORT = {"torch", "triton", "genrecal_ds.ops", "genrecal_ds.errors"}
 DATA_TOOLS_MAY_IMPORT = (
-    "genrecal_ds.config",
+    "genrecal_ds.recipe.config",
     "genrecal_ds.data",
     "genrecal_ds.errors",
     "genrecal_ds.models.chat",
     "genrecal_ds.models.processors",
-    "genrecal_ds.page",
-    "genrecal_ds.text",
+    "genrecal_ds.console.page",
+    "genrecal_ds.console.text",
 )
 
 
@@ -135,7 +135,7 @@ def test_export_knows_checkpoints_only_and_not_at_import_time():
 
 def test_doctor_and_planner_know_how_stages_are_built_and_not_at_import_time():
     """As --dry-run does: to share what it prints, and to refuse a recipe before torch is there."""
-    rooms = {"doctor.py": ("describe", "inputs", "sizes", "weights"), "planner": ("sizes",)}
+    rooms = {"doctor.py": ("inputs", "weights"), "planner": ()}
     for room, allowed in rooms.items():
         for path in sources(f"genrecal_ds/{room}"):
             training = {name for name in imported(path) if is_in(name, "genrecal_ds.training")}
@@ -179,14 +179,16 @@ def test_data_tools_import_data_config_and_processors_only():
 
 @pytest.mark.parametrize(
     "leaf",
-    [f"genrecal_ds/{n}.py" for n in ("config", "stage_config", "recipe_file", "errors", "memory")],
+    ["genrecal_ds/recipe", "genrecal_ds/errors.py", "genrecal_ds/estimate/memory.py"],
 )
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "deepspeed"])
 def test_leaf_imports_nothing_heavy(leaf: str, heavy: str):
     assert importers(sources(leaf), heavy) == set()
 
 
-@pytest.mark.parametrize("module", ["genrecal_ds.config", "genrecal_ds.doctor", "launch.train"])
+@pytest.mark.parametrize(
+    "module", ["genrecal_ds.recipe.config", "genrecal_ds.doctor", "launch.train"]
+)
 def test_importing_leaves_torch_out(module: str):
     """A recipe is refused, and --help printed, before torch is imported: also through others."""
     sources(module.replace(".", "/") + ".py")

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from genrecal_ds import doctor
 from genrecal_ds.analysis.samples import histogram, marked
+from genrecal_ds.console.refusals import Report
 from genrecal_ds.doctor import main
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.recalibrator import save_recalibrator
-from genrecal_ds.refusals import Report
 from tests.fixtures import write_recipe
 from tests.zoo.remote import build_looker
 

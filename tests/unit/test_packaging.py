@@ -46,7 +46,7 @@ def test_wheel_holds_every_file(wheel: Path):
         if path.suffix in SHIPPED and "__pycache__" not in path.parts
     }
     assert expected - names == set()
-    assert {"genrecal_ds/py.typed", "genrecal_ds/config.py"} <= names
+    assert {"genrecal_ds/py.typed", "genrecal_ds/recipe/config.py"} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith("tests")]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -58,7 +58,7 @@ def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path):
     program = (
         "from pathlib import Path\n"
         "import ds_configs, genrecal_ds, launch\n"
-        "from genrecal_ds.recipe_file import load_ds_config, load_recipe\n"
+        "from genrecal_ds.recipe.recipe_file import load_ds_config, load_recipe\n"
         "home = Path(genrecal_ds.__file__).parents[1]\n"
         "configs = [load_ds_config(p.stem) for p in (home / 'ds_configs').glob('*.json')]\n"
         "recipes = [load_recipe(p) for p in (home / 'launch' / 'recipes').rglob('*.yaml')]\n"

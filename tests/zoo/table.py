@@ -15,7 +15,7 @@ HEADER = [
     "row", "as teacher", "as student", "sees pictures", "packs", "pixels", "answers found",
     "remote code",
 ]  # fmt: skip
-OWN_CODE = "a folder's own code"  # tests/unit/models/test_remote_code.py
+OWN_CODE = "a folder's own code"  # tests/unit/models/test_remote.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

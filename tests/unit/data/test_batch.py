@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.batch import IGNORE, Alignment, collate, collate_vision
+from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.pair import EncodedChat, Pair, Unusable, encode_pair
 
 pytestmark = pytest.mark.unit

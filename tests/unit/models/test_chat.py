@@ -22,7 +22,7 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
 from launch.demo.pair import STUDENT_SPECIAL
 from tests.fixtures import texts_of_digits
-from tests.unit.models.test_every_family import chat
+from tests.unit.models.test_vlm_every_family import chat
 
 pytestmark = pytest.mark.unit
 PICTURE = Image.new("RGB", (32, 32), (10, 200, 90))

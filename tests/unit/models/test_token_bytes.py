@@ -7,12 +7,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from genrecal_ds.data.alignment import align_bytes, align_rows
+from genrecal_ds.data.byte_matching import align_bytes, align_rows
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.processors import load_tokenizer
 from genrecal_ds.models.token_bytes import token_bytes
-from tests.unit.models.test_slow_tokenizers import slow_folder
-from tests.unit.models.test_tokenizers import ids_of, sentences
+from tests.unit.models.test_chat_slow_tokenizers import slow_folder
+from tests.unit.models.test_tokenizer_files import ids_of, sentences
 from tests.zoo.tokenizers import END, KINDS
 
 pytestmark = pytest.mark.unit

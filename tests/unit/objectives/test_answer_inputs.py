@@ -6,7 +6,7 @@ import torch
 from genrecal_ds.models.head import load_embedding
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives.answer_inputs import AnswerInputs
-from genrecal_ds.stage_config import AnswersConfig
+from genrecal_ds.recipe.stage_config import AnswersConfig
 from tests.unit.objectives.test_genrecal import Setting
 
 pytestmark = pytest.mark.unit

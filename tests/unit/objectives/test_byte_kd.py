@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from genrecal_ds.data.alignment import Aligner
 from genrecal_ds.data.batch import Alignment, collate
-from genrecal_ds.metrics import Report
+from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import load_vlm
 from genrecal_ds.objectives import Totals
 from genrecal_ds.objectives.byte_kd import ByteKD
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.objectives.report import Report
+from genrecal_ds.recipe.stage_config import LossConfig
 from tests.unit.objectives.test_genrecal import Setting
 
 pytestmark = pytest.mark.unit

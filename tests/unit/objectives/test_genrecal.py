@@ -17,7 +17,7 @@ from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.objectives.supervised import Supervised
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig
 from tests.fixtures import ROOT
 
 pytestmark = pytest.mark.unit

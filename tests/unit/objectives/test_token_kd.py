@@ -8,8 +8,8 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.objectives.logit_kd import divergence
 from genrecal_ds.objectives.token_kd import paired_rows
 from genrecal_ds.objectives.uld import sorted_distance
-from genrecal_ds.recipe_file import load_recipe
-from genrecal_ds.stage_config import LossConfig
+from genrecal_ds.recipe.recipe_file import load_recipe
+from genrecal_ds.recipe.stage_config import LossConfig
 from genrecal_ds.training.inputs import open_inputs
 from tests.fixtures import recipe_tree, write_recipe
 

@@ -1,0 +1,1 @@
+"""What commands read and print: arguments, safe text, pages, refusals. No torch."""

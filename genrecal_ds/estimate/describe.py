@@ -1,0 +1,58 @@
+"""What a stage trains and how large it is, on the meta device: no weights, no memory."""
+
+from collections.abc import Iterator
+
+import torch
+
+from genrecal_ds.models.lora import add_adapters
+from genrecal_ds.models.recalibrator import choose_blocks
+from genrecal_ds.models.vlm import VLM, read_config
+from genrecal_ds.recipe.config import Recipe
+from genrecal_ds.recipe.stage_config import StageConfig
+from genrecal_ds.training.stages import freeze
+from genrecal_ds.training.weights import teacher_width, unfilled_recalibrator
+
+
+def describe_blocks(recipe: Recipe) -> str:
+    """Which blocks and attention the Recalibrator runs. Raises UserError if it cannot."""
+    text_config = read_config(recipe.student.path).get_text_config()
+    choice, family = recipe.recalibrator, text_config.model_type
+    attention = choose_blocks(family, choice.blocks, choice.attention)
+    if attention is None:
+        return f"transformers' own {family} blocks, sequences padded"
+    return f"packed {family} blocks, attention {attention}"
+
+
+def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int]]:
+    """(part, parameters, how many of them train) of a stage, on the meta device: needs no memory
+    and no weights."""
+    with torch.device("meta"):
+        student = VLM.from_config(recipe.student.path, torch.float32)
+        if recipe.student.lora:
+            add_adapters(student, recipe.student.lora)
+        freeze(student, stage)
+        counts: dict[str, list[int]] = {}
+        for _, parameter, component in student.components():
+            total, trained = counts.setdefault(component, [0, 0])
+            counts[component] = [
+                total + parameter.numel(),
+                trained + parameter.numel() * parameter.requires_grad,
+            ]
+        for component, (total, trained) in counts.items():
+            yield f"student.{component}", total, trained
+        if stage.has_recalibrator:
+            for number in range(len(recipe.teachers)):
+                recalibrator = unfilled_recalibrator(recipe, student, torch.float32, number)
+                total = sum(parameter.numel() for parameter in recalibrator.parameters())
+                yield f"recalibrator {number + 1}" if number else "recalibrator", total, total
+        if stage.kind == "dskd":
+            total = student.text_config.hidden_size * teacher_width(recipe)
+            yield "projection", total, total
+
+
+def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
+    """describe as lines, for people."""
+    yield f"stage {stage.name} ({stage.kind})"
+    for part, count, trained in describe(recipe, stage):
+        word = {count: "trains", 0: "frozen"}.get(trained, f"{trained:,} train: adapters")
+        yield f"  {part:<20} {count:>15,} parameters  {word}"

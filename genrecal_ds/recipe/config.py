@@ -1,0 +1,337 @@
+"""The recipe: its tree of keys, and the rules between them; recipe_file.py reads one.
+
+A renamed key is an unknown key; the error names the nearest valid one. Every number has one
+owner: batch sizes, learning rates and precision live here, never in ds_configs/*.json.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from genrecal_ds.errors import UserError
+from genrecal_ds.recipe.stage_config import Component, Section, StageConfig
+
+# Of the teacher's body. zero3: a share per rank, gathered layer by layer; zero3_host: the shares
+# within each host, so that gathering stays inside it (what hpZ is for, without its first copy);
+# zero3_offload: shares in host memory. replica: whole on every rank, for teachers that fit;
+# replica_int8: its decoder's weights in 8 bits (torchao).
+Placement = Literal["zero3", "zero3_host", "zero3_offload", "replica", "replica_int8"]
+
+
+class RemoteCode(Section):
+    """Permission to run Python files of a model folder, and the facts of a family unknown here.
+
+    components and vision_inputs are those of models/families.py.
+    """
+
+    files: dict[str, str]  # every .py of the folder: its sha256
+    components: dict[str, Component]
+    vision_inputs: dict[
+        str, Literal["rows", "tokens", "tiles", "canvas", "columns", "patches"]
+    ] = {}
+
+
+class ModelSource(Section):
+    """A Hugging Face folder: config, safetensors, tokenizer, processor, chat template."""
+
+    path: Path
+    max_length: int = Field(2048, gt=0)  # tokens, images included; longer: whole turns dropped
+    # a micro-batch's samples as one sequence; default: where the family's attention is plain
+    pack: bool | None = None
+    # of the body, in transformers' words; default: its own choice for the family
+    attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
+    allow_remote_code: RemoteCode | None = None  # off: no code of a folder is ever run
+
+
+class TeacherSource(ModelSource):
+    placement: Placement = "zero3"
+    compile: bool = False  # torch.compile of its decoder blocks
+    # micro-batches of one forward: fewer gathers of its weights, more memory for activations
+    forward_batches: int = Field(1, gt=0)
+    # a folder for its rows: align writes them, distill reads them in place of running it
+    cache: Path | None = None
+    cache_rows: Literal["exact", "int8"] = "exact"  # int8: half of bf16's bytes, rounded
+    # among several teachers: the share of its terms is its weight over the sum of all weights
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    # whose output the Recalibrator reads, counted from 1; default: the last, behind its norm (the
+    # paper). What it learns to predict is the last's in any case
+    answer_layer: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> "TeacherSource":
+        if self.compile and self.is_sharded:
+            raise ValueError("compile: true needs placement: replica or replica_int8")
+        if self.cache and self.answer_layer:
+            raise ValueError("cache: holds the last layer's rows; leave out answer_layer, or cache")
+        return self
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.placement.startswith("zero3")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters that train in place of the student's decoder layers; merged on export."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0)  # the change is alpha / rank * B A
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ()  # last names of linear layers, as q_proj; () = all
+
+
+class StudentSource(ModelSource):
+    gradient_checkpointing: bool = False  # its blocks are computed again in backward
+    lora: LoraConfig | None = None
+
+
+class CacheConfig(Section):
+    """Copies of shards on this node's own disk, shared by its ranks and by runs."""
+
+    dir: Path
+    max_gib: float = Field(500, gt=0)  # the least recently used shards go first
+
+
+class DataConfig(Section):
+    """Folders made by data_tools.build: local paths, or URLs of a scheme listed in `remote`."""
+
+    train: str
+    validation: str | None = None
+    num_workers: int = Field(0, ge=0)  # DataLoader workers per rank
+    lengths: Literal["estimated", "measured"] = "estimated"  # measured: data_tools.tokens
+    # Global batches sorted by length together. Above 1 batches pad less but are no random samples:
+    # where length goes with content, learning suffers (docs/log.md).
+    length_window: int = Field(1, gt=0)
+    too_long: Literal["drop", "error", "truncate_question"] = "drop"
+    max_unreadable: float = Field(0.001, ge=0, le=1)  # share of damaged samples that ends the run
+    cache: CacheConfig | None = None
+    remote: tuple[Literal["s3", "gs", "hf", "file"], ...] = ()
+
+
+class BatchConfig(Section):
+    global_batch: int = Field(gt=0)  # samples of one optimizer step over all ranks
+    micro_batch: int = Field(gt=0)  # samples of one forward on one rank
+
+
+class RecalibratorConfig(Section):
+    depth: int = Field(2, gt=0)  # decoder blocks of the Rec-body
+    # packed: no padding, the last block on loss rows alone; auto: packed where the family has it
+    blocks: Literal["auto", "packed", "transformers"] = "auto"
+    attention: Literal["sdpa", "varlen", "flash"] = "sdpa"  # of packed blocks; never falls back
+    # new: the paper's NPE, 0..n-1 over the joined sequence; own: each row keeps its token's place
+    # in its own model's sequence (the paper's ablation)
+    positions: Literal["new", "own"] = "new"
+
+    @model_validator(mode="after")
+    def _attention_is_of_packed_blocks(self) -> "RecalibratorConfig":
+        if self.attention != "sdpa" and self.blocks == "transformers":
+            raise ValueError(f"attention: {self.attention} needs blocks: packed")
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-4, gt=0)
+    final_lr: float = Field(1e-5, ge=0)  # linear decay from lr, no warm-up
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)  # never on norms and biases
+    clip: float = Field(1.0, ge=0)  # global gradient norm; 0 = off
+
+
+class DeepSpeedConfig(Section):
+    """Names of files in ds_configs/ (without .json), or paths to your own."""
+
+    student: str = "student_zero3"
+    teacher: str | None = None  # default: by teacher.placement
+
+
+class LogConfig(Section):
+    every: int = Field(1, gt=0)  # steps per jsonl line
+    probes_every: int = Field(0, ge=0)  # what each class of rows learns, and from where; 0 = off
+    validate_every: int = Field(0, ge=0)  # validation loss; 0 = only at the end of a stage
+    validation_samples: int = Field(256, gt=0)
+    evaluate_every: int = Field(0, ge=0)  # scores of answers to data.validation; 0 = off
+    evaluation_samples: int = Field(64, gt=0)
+    evaluation_tokens: int = Field(32, gt=0)  # the longest answer
+    tensorboard: bool = False
+    wandb: str | None = None  # the project's name
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)  # steps; 0 = only when stopped, and the stage's result
+    keep: int = Field(2, gt=0)  # the newest
+    keep_every: int = Field(0, ge=0)  # and those of multiples of so many steps; 0 = none
+    trust: bool = False  # load files that others own or may write; a checkpoint is code
+
+
+class FaultConfig(Section):
+    """What is taken for a fault, and when a run ends by it."""
+
+    max_skipped: int = Field(10, gt=0)  # steps in a row without a finite gradient
+    spike_sigmas: float = Field(6.0, ge=0)  # loss or gradient norm this far up is noted; 0 = off
+    stall_seconds: float = Field(1800, ge=0)  # without progress; 0 = wait for ever
+
+
+class Recipe(Section):
+    """The whole run. See docs/configuration.md for every key."""
+
+    run_dir: Path
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    # auto: the newest whole checkpoint; latest: the one named so, or an error; step-N: that one.
+    # new_data: go on with a checkpoint's weights although shards or order changed; a new epoch
+    resume: str = Field("auto", pattern=r"^(auto|latest|never|new_data|step-\d{8})$")
+    profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
+    teacher: TeacherSource | None = None
+    # beside it in align, distill and byte_kd, each with a Recalibrator of its own; not the paper's
+    more_teachers: tuple[TeacherSource, ...] = ()
+    # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
+    teacher_head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
+    student: StudentSource
+    data: DataConfig
+    batch: BatchConfig
+    recalibrator: RecalibratorConfig = RecalibratorConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _cross_field_rules(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"stages: duplicate name {sorted(duplicates)}; give each a name")
+        for position, stage in enumerate(self.stages):
+            if stage.needs_teacher and self.teacher is None:
+                raise ValueError(f"stages.{stage.name}: kind {stage.kind} needs teacher.path")
+            if stage.needs_logits and self.teacher_head != "replicated":
+                raise ValueError(
+                    f"stages.{stage.name}: {stage.kind} needs teacher_head: replicated"
+                )
+            for key in ("student", "recalibrator"):
+                source = getattr(stage, key)
+                if source and source.startswith("stage:") and source[6:] not in names[:position]:
+                    raise ValueError(
+                        f"stages.{stage.name}.{key}: {source} is not an earlier stage; "
+                        f"earlier: {names[:position]}"
+                    )
+        if self.teacher and self.teacher.cache and self.data.too_long == "truncate_question":
+            raise ValueError(
+                "teacher.cache: truncate_question cuts by the student's tokens, and a cache serves "
+                "any student; set data.too_long to drop or error"
+            )
+        if self.teacher and self.teacher.cache and self.recalibrator.positions == "own":
+            raise ValueError(
+                "teacher.cache: holds no question, so recalibrator.positions must be new"
+            )
+        own = [stage.name for stage in self.stages if stage.on_policy.share]
+        if own and self.teacher and self.teacher.cache:
+            raise ValueError(
+                f"stages.{own[0]}.on_policy: a cache holds rows of given answers; leave out "
+                "teacher.cache"
+            )
+        if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
+            raise ValueError("teacher.path and student.path are the same folder; name two models")
+        self._refuse_of_several_teachers()
+        if self.log.evaluate_every and not self.data.validation:
+            raise ValueError("log.evaluate_every: needs data.validation, shards to answer")
+        if self.profile:
+            first, last = map(int, self.profile.split(":"))
+            if first >= last:
+                raise ValueError("profile: a:b needs a < b")
+        return self
+
+    def _refuse_of_several_teachers(self) -> None:
+        if not self.more_teachers:
+            return
+        if self.teacher is None:
+            raise ValueError("more_teachers: stand beside teacher; name the first one there")
+        folders = [self.student.path.resolve()]
+        for key, source in self.teacher_sources.items():
+            if source.path.resolve() in folders:
+                raise ValueError(f"{key}.path: {source.path} is named twice; name another model")
+            folders.append(source.path.resolve())
+            if source.cache:
+                raise ValueError(f"{key}.cache: holds the rows of one teacher alone; leave it out")
+            if source.forward_batches != 1:
+                raise ValueError(f"{key}.forward_batches: must be 1 where there are more_teachers")
+        for stage in self.stages:
+            if not stage.takes_several_teachers:
+                raise ValueError(
+                    f"stages.{stage.name}: {stage.kind} has one teacher; leave out more_teachers"
+                )
+
+    @property
+    def teacher_sources(self) -> dict[str, TeacherSource]:
+        """All teachers by their key, the first one first."""
+        first = {"teacher": self.teacher} if self.teacher else {}
+        return first | {f"more_teachers.{k}": s for k, s in enumerate(self.more_teachers)}
+
+    @property
+    def teachers(self) -> tuple[TeacherSource, ...]:
+        return tuple(self.teacher_sources.values())
+
+    @property
+    def teacher_shares(self) -> tuple[float, ...]:
+        """Of each teacher's terms in the loss; their sum is 1."""
+        weights = [source.weight for source in self.teachers]
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def micro_batch(self, stage: StageConfig) -> int:
+        return stage.micro_batch or self.batch.micro_batch
+
+    def global_batch(self, stage: StageConfig) -> int:
+        return stage.global_batch or self.batch.global_batch
+
+    def accumulation_steps(self, stage: StageConfig, world_size: int) -> int:
+        """Micro-steps of one optimizer step on each rank.
+
+        Raises UserError, listing the sizes that work, when they do not divide.
+        """
+        micro, total = self.micro_batch(stage), self.global_batch(stage)
+        unit = micro * world_size
+        if total % unit:
+            below = total // unit * unit
+            sizes = sorted({size for size in (below, below + unit, below + 2 * unit) if size > 0})
+            raise UserError(
+                f"stage {stage.name}: batch.global_batch {total} is not a multiple of micro_batch "
+                f"{micro} x {world_size} ranks; sizes that are: {', '.join(map(str, sizes))}, ..."
+            )
+        return total // unit
+
+    @property
+    def teacher_ds_config(self) -> str:
+        """The first teacher's file of ds_configs/."""
+        assert self.teacher is not None
+        return self.ds_config_of(self.teacher)
+
+    def ds_config_of(self, teacher: TeacherSource) -> str:
+        offload = "_offload" if teacher.placement == "zero3_offload" else ""
+        return self.deepspeed.teacher or f"teacher_zero3{offload}"
+
+    def reads_cache(self, stage: StageConfig) -> bool:
+        """Whether the teacher's rows come from disk. Not in align: its regular pass needs question
+        rows, which no cache holds."""
+        return (
+            self.teacher is not None
+            and self.teacher.cache is not None
+            and stage.needs_teacher
+            and stage.kind != "align"
+        )
+
+    def student_source(self, stage: StageConfig) -> str:
+        """Folder, or stage:NAME, that the stage's student is loaded from."""
+        if stage.student:
+            return stage.student
+        position = self.stages.index(stage)
+        return f"stage:{self.stages[position - 1].name}" if position else str(self.student.path)
+
+    def recalibrator_source(self, stage: StageConfig) -> str | None:
+        """Folder, or stage:NAME, that the Recalibrator is loaded from; None = a fresh one."""
+        if stage.recalibrator or not stage.has_recalibrator:
+            return stage.recalibrator
+        earlier = [s for s in self.stages[: self.stages.index(stage)] if s.has_recalibrator]
+        return f"stage:{earlier[-1].name}" if earlier else None

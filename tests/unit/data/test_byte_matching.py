@@ -1,0 +1,144 @@
+"""Two tokenisations held together by bytes: against brute force, and speed-shaped inputs."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrecal_ds.data.byte_matching import Aligner, align_bytes, align_rows
+from genrecal_ds.data.pair import Pair
+from tests.unit.data.test_batch import chat
+
+pytestmark = pytest.mark.unit
+TEXTS = st.text("ab 7\u00e9\u4e2d\U0001f600\ufb01", max_size=12).filter(
+    lambda text: not text.startswith(" ")
+)
+
+
+@st.composite
+def splits(draw, text: bytes):
+    """Pieces that spell the text behind a blank or none, special tokens among them, then an end."""
+    whole = b" " * draw(st.integers(0, 1)) + text
+    cuts = sorted({0, len(whole), *draw(st.lists(st.integers(0, len(whole)), max_size=8))})
+    pieces = [whole[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    if pieces and draw(st.booleans()):
+        pieces.insert(draw(st.integers(0, len(pieces))), None)
+    return [*pieces, None]
+
+
+@st.composite
+def turns(draw):
+    text = draw(TEXTS).encode()
+    return draw(splits(text)), draw(splits(text))
+
+
+def read(pieces, count):
+    """What the first `count` tokens have read, without the blank in front."""
+    text = b"".join(piece or b"" for piece in pieces[:count])
+    return text.removeprefix(b" ")
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(turns())
+def test_rows_are_monotone_exact_where_both_end_and_never_ahead(turn):
+    teacher, student = turn
+    rows = align_rows(teacher, student)
+    assert len(rows.student_n) == len(rows.is_exact_n) == len(teacher)  # every token is covered
+    assert (np.diff(rows.student_n) >= 0).all()
+    for i, (j, is_exact) in enumerate(zip(rows.student_n, rows.is_exact_n, strict=True)):
+        if i == len(teacher) - 1:
+            assert j == len(student) - 1 and is_exact
+            continue
+        assert -1 <= j < len(student) - 1
+        theirs, ours = read(teacher, i + 1), read(student, j + 1)
+        assert theirs.startswith(ours)  # it has read nothing that the teacher's has not
+        assert is_exact == (theirs == ours)
+        ends = {read(student, k) for k in range(len(student))}
+        assert is_exact == (theirs in ends)  # and exactly where any student's token ends there
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(turns())
+def test_next_bytes_are_the_same_byte_behind_the_same_text(turn):
+    teacher, student = turn
+    found = align_bytes(teacher, student)
+    said = []
+    for j, b, i, a in zip(*map(list, found), strict=True):
+        if (j, i) == (len(student) - 1, len(teacher) - 1):
+            assert (b, a) == (0, 0)
+            continue
+        assert student[j][b] == teacher[i][a]
+        before = b"".join(p or b"" for p in student[:j]) + student[j][:b]
+        others = b"".join(p or b"" for p in teacher[:i]) + teacher[i][:a]
+        assert before.removeprefix(b" ") == others.removeprefix(b" ")
+        said.append(student[j][b])
+    text = b"".join(piece or b"" for piece in student)
+    both = text.startswith(b" ") and b"".join(piece or b"" for piece in teacher).startswith(b" ")
+    assert bytes(said) == (text if both else text.removeprefix(b" "))  # every byte of it, in order
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    st.text("ae\u0301\u00e9\ud55c\ufb01\uff21 ", max_size=10),
+    st.sampled_from(["NFC", "NFKC", "lower"]),
+)
+def test_a_side_that_normalises_shares_the_boundaries_around_what_it_changed(text, form):
+    changed = text.lower() if form == "lower" else unicodedata.normalize(form, text)
+    by_character = [[c.encode() for c in side] + [None] for side in (text, changed)]
+    rows = align_rows(*by_character)
+    assert (np.diff(rows.student_n) >= 0).all() and rows.is_exact_n[-1]
+    for i in np.flatnonzero(rows.is_exact_n[:-1]):
+        ours, theirs = changed[: rows.student_n[i] + 1], text[: i + 1]
+        same = [
+            unicodedata.normalize("NFKD", part.lstrip(" ")).casefold() for part in (ours, theirs)
+        ]
+        assert same[0] == same[1]
+
+
+def test_what_one_vocabulary_lacks_is_left_out_and_the_rest_is_not():
+    teacher = [b"ab", "\u4e2d".encode(), b"cd", None]
+    student = [b"a", b"b", None, b"c", b"d", None]  # <unk> for the character
+    # Nobody can say whether the student's boundary behind "ab" has the character behind it or not.
+    rows = align_rows(teacher, student)
+    assert rows.student_n.tolist() == [0, 0, 4, 5]
+    assert rows.is_exact_n.tolist() == [False, False, True, True]
+    found = align_bytes(teacher, student)
+    assert found.student_I.tolist() == [0, 1, 4, 5] and found.teacher_I.tolist() == [0, 0, 2, 3]
+
+
+def test_bytes_of_one_character_in_tokens_of_their_own():
+    character = "\U0001f600".encode()
+    teacher = [bytes([byte]) for byte in character] + [None]
+    rows = align_rows(teacher, [character, None])
+    assert rows.student_n.tolist() == [-1, -1, -1, 0, 1]
+    assert rows.is_exact_n.tolist() == [False, False, False, True, True]
+    found = align_bytes(teacher, [character, None])
+    assert found.student_depth_I.tolist() == [0, 1, 2, 3, 0]
+    assert found.teacher_I.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_turns_of_a_pair_go_by_their_vocabularies():
+    pieces = {
+        10: None,
+        13: b" 1",
+        14: b"2",
+        15: b"12",
+        1: None,
+        20: None,
+        22: b"1",
+        23: b"2",
+        2: None,
+    }
+    pair = Pair(
+        chat([10, 13, 14, 1, 10, 15, 1], [(1, 4), (5, 7)]),
+        chat([20, 22, 23, 2, 20, 22, 23, 2], [(1, 4), (5, 8)]),
+    )
+    aligner = Aligner(pieces, pieces)
+    first, second = aligner.rows(pair)
+    assert first.student_n.tolist() == [0, 1, 2] and first.is_exact_n.all()
+    assert second.student_n.tolist() == [1, 2] and second.is_exact_n.all()
+    first, second = aligner.next_bytes(pair)
+    assert first.teacher_depth_I.tolist() == [1, 0, 0]  # behind the blank of its first token
+    assert second.teacher_depth_I.tolist() == [0, 1, 0]

@@ -1,0 +1,233 @@
+"""Recipes: every mistake is one line that names the file, the key and the fix; exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from genrecal_ds.errors import UserError
+from genrecal_ds.recipe.recipe_file import load_ds_config, load_recipe
+from tests.fixtures import ROOT, environment
+
+pytestmark = pytest.mark.unit
+
+GOOD = {
+    "run_dir": "runs/x",
+    "teacher": {"path": "t"},
+    "student": {"path": "s"},
+    "data": {"train": "d"},
+    "batch": {"global_batch": 8, "micro_batch": 2},
+    "stages": [{"kind": "align", "steps": 3}, {"kind": "distill", "epochs": 1}],
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, **changes}))
+    return path
+
+
+def test_a_good_recipe_with_overrides(tmp_path):
+    recipe = load_recipe(
+        write(tmp_path), ["stages.align.steps=9", "optimizer.lr=3e-4", "stages.1.losses.ar=0"]
+    )
+    assert recipe.stages[0].steps == 9 and recipe.optimizer.lr == 3e-4
+    assert recipe.stages[1].losses.ar == 0 and recipe.stages[1].losses.kl == 1
+    assert [recipe.accumulation_steps(stage, 2) for stage in recipe.stages] == [2, 2]
+
+
+def test_environment_variables_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", "/somewhere")
+    recipe = load_recipe(write(tmp_path, data={"train": "${DATA}/train"}))
+    assert str(recipe.data.train) == "/somewhere/train"
+
+
+def test_sources_of_stages_default_to_the_stage_before(tmp_path):
+    stages = [{"kind": "align", "steps": 1}, {"kind": "distill", "steps": 1},
+              {"kind": "sft", "steps": 1}, {"kind": "sft", "name": "again", "steps": 1,
+                                            "student": "stage:distill"}]  # fmt: skip
+    recipe = load_recipe(write(tmp_path, stages=stages))
+    assert [recipe.student_source(s) for s in recipe.stages] == [
+        "s", "stage:align", "stage:distill", "stage:distill",
+    ]  # fmt: skip
+    assert [recipe.recalibrator_source(s) for s in recipe.stages] == [
+        None, "stage:align", None, None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch": {"global_batch": 8, "micro_batch": 2, "micro_bach": 1}},
+         "batch.micro_bach: unknown key; did you mean micro_batch"),
+        ({"lr": 1}, "lr: unknown key"),
+        ({"stages": [{"kind": "sft", "stepz": 1}]}, "stages.0.stepz: .* did you mean steps"),
+        ({"stages": [{"kind": "sft", "steps": 1, "losses": {"kll": 1}}]}, "did you mean kl"),
+        ({"batch": {"global_batch": "many", "micro_batch": 2}}, "batch.global_batch: .*'many'"),
+        ({"precision": "fp16"}, "precision: .*'fp16'"),
+        ({"teacher": None}, "stages.align: kind align needs teacher.path"),
+        ({"teacher": {"path": "s"}}, "same folder; name two models"),
+        ({"stages": []}, "stages"),
+        ({"recalibrator": {"positions": "own"}, "teacher": {"path": "t", "cache": "c"}},
+         "teacher.cache: holds no question, so recalibrator.positions must be new"),
+        ({"log": {"evaluate_every": 5}}, "log.evaluate_every: needs data.validation"),
+        ({"teacher_head": "gathered", "stages": [{"kind": "mot", "steps": 1}]},
+         "stages.mot: mot needs teacher_head: replicated"),
+        ({"teacher": None, "stages": [{"kind": "dskd", "steps": 1}]},
+         "stages.dskd: kind dskd needs teacher.path"),
+        ({"stages": [{"kind": "align", "steps": 1, "epochs": 1}]}, "exactly one of steps"),
+        ({"stages": [{"kind": "sft", "steps": 1}] * 2}, "duplicate name"),
+        ({"stages": [{"kind": "sft", "steps": 1, "student": "stage:distill"}]}, "not an earlier"),
+        ({"stages": [{"kind": "align", "steps": 1, "losses": {"ar": 0, "kl": 0}}]}, "both 0"),
+        ({"student": {}}, "student.path: missing; add it"),
+        ({"teacher": None, "more_teachers": [{"path": "u"}],
+          "stages": [{"kind": "sft", "steps": 1}]}, "more_teachers: stand beside teacher"),
+        ({"more_teachers": [{"path": "u"}, {"path": "t"}]}, "more_teachers.1.path: t is named twi"),
+        ({"more_teachers": [{"path": "./s"}]}, "more_teachers.0.path: s is named twice"),
+        ({"more_teachers": [{"path": "u", "cache": "c"}]}, "more_teachers.0.cache: .* leave it"),
+        ({"more_teachers": [{"path": "u"}], "teacher": {"path": "t", "cache": "c"}},
+         "teacher.cache: holds the rows of one teacher alone"),
+        ({"more_teachers": [{"path": "u", "forward_batches": 2}]},
+         "more_teachers.0.forward_batches: must be 1"),
+        ({"more_teachers": [{"path": "u", "weight": 0}]}, "more_teachers.0.weight: .*greater than"),
+        *(({"more_teachers": [{"path": "u"}], "stages": [{"kind": kind, "steps": 1}]},
+           f"stages.{kind}: {kind} has one teacher; leave out more_teachers")
+          for kind in ("uld", "logit_kd", "mot", "dskd")),
+    ],
+)  # fmt: skip
+def test_mistakes_name_key_and_fix(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(write(tmp_path, **changes))
+    assert "\n" not in str(error.value) and "recipe.yaml" in str(error.value)
+
+
+def test_several_teachers_have_shares_of_one(tmp_path):
+    more = [{"path": "u", "weight": 3.0, "placement": "zero3_offload"}]
+    recipe = load_recipe(write(tmp_path, more_teachers=more), ["more_teachers.0.path=v"])
+    assert [str(source.path) for source in recipe.teachers] == ["t", "v"]
+    assert recipe.teacher_shares == (0.25, 0.75)
+    names = [recipe.ds_config_of(source) for source in recipe.teachers]
+    assert names == ["teacher_zero3", "teacher_zero3_offload"]
+    assert load_recipe(write(tmp_path, teacher={"path": "t", "weight": 7.0})).teacher_shares == (1,)
+
+
+def test_a_lone_teachers_weight_decides_no_result(tmp_path):
+    from genrecal_ds.training.run import stage_hash
+
+    def hash_of(**changes):
+        recipe = load_recipe(write(tmp_path, **changes))
+        return stage_hash(recipe, recipe.stages[0])
+
+    assert hash_of() == hash_of(teacher={"path": "t", "weight": 2.0})
+    two = {"more_teachers": [{"path": "u"}]}
+    assert len({hash_of(), hash_of(**two), hash_of(teacher={"path": "t", "weight": 2}, **two)}) == 3
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [("stages.sft.steps=1", "no stage 'sft'"), ("seed", "write key=value"),
+     ("run_dir.x=1", "not a section")],
+)  # fmt: skip
+def test_bad_overrides(tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(tmp_path), [override])
+
+
+def test_global_batch_must_divide_and_the_message_lists_sizes_that_do(tmp_path):
+    recipe = load_recipe(write(tmp_path, batch={"global_batch": 10, "micro_batch": 2}))
+    with pytest.raises(UserError, match="sizes that are: 6, 12, 18"):
+        recipe.accumulation_steps(recipe.stages[0], world_size=3)
+
+
+def test_every_ds_config_loads_and_owns_no_number_of_the_recipe():
+    files = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert len(files) >= 4
+    for file in files:
+        assert load_ds_config(file.stem)["zero_optimization"]["stage"] == 3
+
+
+def test_ds_config_that_states_a_batch_size_is_refused(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"train_batch_size": 8}))
+    with pytest.raises(UserError, match="belongs to the recipe"):
+        load_ds_config(str(path))
+    with pytest.raises(UserError, match="packaged names: .*student_zero3"):
+        load_ds_config("studnet_zero3")
+
+
+def test_every_packaged_recipe_is_valid():
+    recipes = sorted((ROOT / "launch/recipes").rglob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        load_recipe(path)
+
+
+def run_train(*arguments, **env):
+    return subprocess.run(
+        [sys.executable, "launch/train.py", *map(str, arguments)],
+        cwd=ROOT, env=environment(**env), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_command_exits_2_with_one_line(tmp_path, pair, shards):
+    """The mistakes that need folders; none of them loads a model."""
+    real = {
+        "teacher": {"path": str(pair / "teacher_init")},
+        "student": {"path": str(pair / "student_init")},
+        "data": {"train": str(shards / "train")},
+        "run_dir": str(tmp_path / "run"),
+    }
+    no_end = tmp_path / "no_end"
+    no_answers = tmp_path / "no_answers"
+    for folder in (no_end, no_answers):
+        folder.mkdir()
+        for file in (pair / "student_init").iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    template = (no_end / "chat_template.jinja").read_text()
+    (no_end / "chat_template.jinja").write_text(template.replace("<end>", ""))
+    (no_answers / "chat_template.jinja").write_text("{{ messages | length }}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    manifest = json.loads((shards / "train/manifest.json").read_text())
+    (empty / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    cases = [
+        ({}, "error: student.path: s has no config.json"),
+        ({**real, "data": {"train": "nowhere"}}, "data.train: nowhere has no manifest.json"),
+        ({**real, "batch": {"global_batch": 7, "micro_batch": 2}}, "sizes that are: 6, 8, 10"),
+        ({**real, "student": {"path": str(no_end)}}, "writes no end-of-turn"),
+        ({**real, "student": {"path": str(no_answers)}}, "cannot find answers"),
+        ({**real, "data": {"train": str(empty)}}, "shards is empty"),
+    ]
+    for changes, message in cases:
+        result = run_train(write(tmp_path, **changes))
+        assert result.returncode == 2, result.stderr
+        line = result.stderr.strip().splitlines()[-1]
+        assert message in line, line
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_torch_out_of_range_is_refused(tmp_path, pair, shards, monkeypatch, capsys):
+    from launch import train
+
+    monkeypatch.setattr(train, "version", lambda package: "2.10.1+cu128")
+    assert train.main([str(write(tmp_path))]) == 2
+    assert "torch 2.10.1+cu128 is installed; genrecal_ds needs >= 2.11" in capsys.readouterr().err
+
+
+def test_dry_run_prints_tree_and_what_trains(tmp_path, pair, shards):
+    changes = {
+        "teacher": {"path": str(pair / "teacher_init")},
+        "student": {"path": str(pair / "student_init")},
+        "data": {"train": str(shards / "train")},
+    }
+    result = run_train(write(tmp_path, **changes), "--dry-run", "seed=5")
+    assert result.returncode == 0, result.stderr
+    tree, _, stages = result.stdout.partition("stage align (align)")
+    assert yaml.safe_load(tree)["seed"] == 5
+    align, distill = stages.split("stage distill (distill)")
+    assert "student.layers" in align and align.count("trains") == 1
+    assert distill.count("trains") == 3  # layers, norm, recalibrator
+    assert "recalibrator: packed qwen2 blocks, attention sdpa" in distill
