@@ -97,7 +97,9 @@ def _student_gathered(load: Load) -> int:
     return (2 if load.trains_student else 1) * body + 2 * load.recalibrator
 
 
-def step_seconds(load: Load, sample: flops.Sample, machine: Machine, global_batch: int) -> Step:
+def step_seconds(
+    load: Load, sample: flops.SampleTokens, machine: Machine, global_batch: int
+) -> Step:
     """Of a batch that divides: see micro_steps."""
     gpu, count = machine.gpu, micro_steps(load, global_batch)
     assert count, "asked for only where the batch divides"

@@ -44,7 +44,7 @@ def flop_table(works: dict[str, Work]) -> Iterator[str]:
         whole = sum(found.values())
         numbers = (*found.values(), whole)
         yield f"{kind:<10}" + "".join(f"{number / 1e12:>14.2f}" for number in numbers)
-        if kind == "distill":
+        if work.load.kind.reads_cache:
             saved = found["teacher"]
             yield f"  from a cache {whole / (whole - saved):.2f} times fewer"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from genrecal_ds.estimate.flops import Sample
+from genrecal_ds.estimate.flops import SampleTokens
 from genrecal_ds.estimate.memory import GIB, Estimate, Load, Zero, estimate
 from genrecal_ds.planner.cost import Machine, Step, micro_steps, step_seconds, wire
 from genrecal_ds.recipe.config import Placement
@@ -44,7 +44,7 @@ class Work(NamedTuple):
     load: Load
     samples: float
     global_batch: int
-    sample: Sample
+    sample: SampleTokens
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def settings() -> Iterator[Setting]:
     )
 
 
-def arranged(work: Work, kind: str, setting: Setting, micro_batch: int) -> Load:
+def arranged(work: Work, setting: Setting, micro_batch: int) -> Load:
     """The stage's load under a setting."""
     load = work.load
     if setting.student_offload:
@@ -131,7 +131,7 @@ def arranged(work: Work, kind: str, setting: Setting, micro_batch: int) -> Load:
     count = micro_steps(load, work.global_batch)
     return replace(
         load,
-        placement="cache" if setting.cache and kind == "distill" else setting.placement,
+        placement="cache" if setting.cache and load.kind.reads_cache else setting.placement,
         teacher_zero=Zero.of(load_ds_config(f"teacher_zero3{offload}")),
         teacher_batches=min(setting.forward_batches, max(1, count)),
         head=setting.head,
@@ -177,10 +177,10 @@ class Search:
         own = setting if work.load.teacher else Setting(
             checkpointing=setting.checkpointing, student_offload=setting.student_offload
         )  # fmt: skip
-        if kind != "distill":
+        if not work.load.kind.reads_cache:
             own = own._replace(cache=False)
         if (kind, own) not in self._found:
-            tried = [self._try(kind, arranged(work, kind, own, size)) for size in SIZES]
+            tried = [self._try(kind, arranged(work, own, size)) for size in SIZES]
             plans = [found for found in tried if isinstance(found, StagePlan)]
             self._found[kind, own] = (
                 min(plans, key=lambda plan: plan.cost)

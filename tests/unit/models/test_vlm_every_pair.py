@@ -17,7 +17,7 @@ from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.head import ReplicatedHead, load_final_norm, load_frozen_head
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
-from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.base import TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.recipe.stage_config import LossConfig
 from tests.unit.models.test_vlm_every_family import most_turns, reads_images, samples
