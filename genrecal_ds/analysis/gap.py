@@ -30,7 +30,7 @@ from genrecal_ds.data.pair import Pair, Unusable
 from genrecal_ds.data.reader import Sample, ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_frozen_head
 from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives import TeacherRows
@@ -57,7 +57,7 @@ class Subject(NamedTuple):
             pieces.append(token_bytes(encoder.tokenizer, encoder.folder))
             columns = model.head.out_features
             tables.append(byte_vocabulary(pieces[-1], encoder.end_of_turn, columns, CPU))
-        head = ReplicatedHead(load_frozen_head(teacher, torch.float32, CPU))
+        head = FrozenHead(load_frozen_head(teacher, torch.float32, CPU))
         objective = ByteKD(models[1], head, (tables[0], tables[1]), LossConfig())
         alignment = Alignment(Aligner(*pieces), next_bytes=True)
         return cls(TeacherBody(models[0]).eval(), objective, encoders, alignment)

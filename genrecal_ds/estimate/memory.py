@@ -103,7 +103,6 @@ class Load:
     teacher_tokens: int = 0
     placement: Placement | Literal["cache"] = "zero3"
     teacher_batches: int = 1  # micro-batches of one forward of it
-    head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     recalibrator: int = 0  # parameters; of dskd, its projection's
     depth: int = 0
     packed_recalibrator: bool = True  # its blocks are ours (models/packed_blocks.py)
@@ -249,16 +248,9 @@ def _teacher(load: Load, model: Model) -> list[Part]:
 
 
 def _frozen_head(load: Load, model: Model) -> Part:
-    """V H numbers, wherever the recipe lays them; `gathered` also has them whole in the loss."""
-    numbers = model.vocab * model.decoder.hidden
-    fix = "teacher_head=vocab_parallel"
-    if load.head == "replicated" or load.gpus == 1:
-        return Part("teacher's head", load.width * numbers, "w V H", fix=fix)
-    share = load.width * load.share(numbers)
-    if load.head == "gathered":
-        whole = share + load.width * numbers
-        return Part("teacher's head", whole, "w V H / gpus + w V H", "student", fix=fix)
-    return Part("teacher's head", share, "w V H / gpus")
+    """V H numbers, whole on every rank."""
+    numbers = load.width * model.vocab * model.decoder.hidden
+    return Part("teacher's head", numbers, "w V H", fix="a larger GPU")
 
 
 def block_bytes(decoder: Decoder, width: int) -> int:
@@ -331,8 +323,6 @@ def _loss_chunk(load: Load) -> Part:
     if load.teacher is not None and not load.has_distance_at_own_head:
         # Each other call has one pass; the largest, all the rest.
         columns, passes = load.teacher.vocab, load.passes - load.head_calls + 1
-        if load.head == "vocab_parallel":
-            rows, columns = rows * load.gpus, load.share(columns)
         formula = "rows V (4 (passes + 1) + w passes), <= 1.6 GB or 128 rows"
         chunks[formula] = _chunk_bytes(rows, columns * (4 * (passes + 1) + low * passes))
     elif load.teacher is not None:

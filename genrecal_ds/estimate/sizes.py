@@ -65,7 +65,6 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
         teacher_batches=min(recipe.teacher.forward_batches, micro_steps),
         distance=distance,
         distance_matrices=matrices,
-        head=recipe.teacher_head,
         recalibrator=recalibrator,
         depth=chosen.depth if stage.has_recalibrator else 0,
         packed_recalibrator=choose_blocks(family, chosen.blocks, chosen.attention) is not None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.data.batch import PairBatch
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows
 from genrecal_ds.objectives.report import Clock
@@ -35,7 +35,7 @@ class ByteKD(StudentKD):
     def __init__(
         self,
         student: VLM,
-        teacher_head: ReplicatedHead,
+        teacher_head: FrozenHead,
         vocabularies: tuple[ByteVocabulary, ByteVocabulary],
         losses: LossConfig,
         clock: Clock | None = None,

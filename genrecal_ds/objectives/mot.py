@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows
 from genrecal_ds.objectives.report import Clock
@@ -35,7 +35,7 @@ LEAST = 1e-8  # probability of a column that the student does not have
 
 class MultiLevelOT(StudentKD):
     def __init__(
-        self, student: VLM, teacher_head: ReplicatedHead, losses: LossConfig,
+        self, student: VLM, teacher_head: FrozenHead, losses: LossConfig,
         clock: Clock | None = None,
     ):  # fmt: skip
         super().__init__(student, losses, clock)

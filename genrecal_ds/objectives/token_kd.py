@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives import TeacherRows, Totals
 from genrecal_ds.objectives.report import Clock, Report
@@ -122,7 +122,7 @@ class TokenKD(StudentKD):
     def __init__(
         self,
         student: VLM,
-        teacher_head: ReplicatedHead,
+        teacher_head: FrozenHead,
         losses: LossConfig,
         distance: Distance,
         clock: Clock | None = None,

@@ -186,8 +186,6 @@ class Recipe(Section):
     teacher: TeacherSource | None = None
     # beside it in align, distill and byte_kd, each with a Recalibrator of its own; not the paper's
     more_teachers: tuple[TeacherSource, ...] = ()
-    # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
-    teacher_head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     student: StudentSource
     data: DataConfig
     batch: BatchConfig
@@ -207,10 +205,6 @@ class Recipe(Section):
         for position, stage in enumerate(self.stages):
             if stage.needs_teacher and self.teacher is None:
                 raise ValueError(f"stages.{stage.name}: kind {stage.kind} needs teacher.path")
-            if stage.needs_logits and self.teacher_head != "replicated":
-                raise ValueError(
-                    f"stages.{stage.name}: {stage.kind} needs teacher_head: replicated"
-                )
             for key in ("student", "recalibrator"):
                 source = getattr(stage, key)
                 if source and source.startswith("stage:") and source[6:] not in names[:position]:

@@ -9,7 +9,7 @@ from genrecal_ds.data.batch import Alignment
 from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_embedding, place_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_embedding, load_frozen_head
 from genrecal_ds.models.recalibrator import load_recalibrator
 from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import VLM
@@ -85,11 +85,10 @@ def _of_one_teacher(
     alignment: Alignment | None,
 ) -> nn.Module:
     folder, dtype = recipe.teachers[number].path, DTYPES[recipe.precision]
-    head = place_frozen_head(folder, dtype, dist.device(), recipe.teacher_head)
+    head = FrozenHead(load_frozen_head(folder, dtype, dist.device()))
     if stage.kind == "dskd":
         return ProjectedKD(student, head, teacher_width(recipe), stage.losses, clock)
     if stage.needs_logits:
-        assert isinstance(head, ReplicatedHead)  # a rule of config.Recipe
         if stage.kind == "mot":
             return MultiLevelOT(student, head, stage.losses, clock)
         if stage.kind == "byte_kd":
@@ -117,7 +116,7 @@ def _of_one_teacher(
 
 
 def _byte_vocabularies(
-    aligner: Aligner, encoders: tuple[ChatEncoder, ChatEncoder], student: VLM, head: ReplicatedHead
+    aligner: Aligner, encoders: tuple[ChatEncoder, ChatEncoder], student: VLM, head: FrozenHead
 ) -> tuple[ByteVocabulary, ByteVocabulary]:
     """(teacher's, student's), as are the encoders."""
     theirs, ours = encoders

@@ -33,12 +33,11 @@ STAGES = {
 }
 
 
-def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_keys, **tree):
+def recipe_for(folder, pair, shards, student, kind, teacher_keys, student_keys, **tree):
     return write_recipe(
         folder / "recipe.yaml",
         run_dir=str(folder / "run"), precision="fp32",
         teacher={"path": str(pair / "teacher_init"), "max_length": 128, **teacher_keys},
-        teacher_head=head,
         student={"path": str(pair / student), "max_length": 128, **student_keys},
         data={"train": str(shards / "train")},
         batch={"global_batch": 8, "micro_batch": 2},
@@ -152,32 +151,32 @@ LEAN = {"pack": True, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize(
-    "kind, student, head, teacher_keys, student_keys",
-    [("align", "student_init", "replicated", {}, {}),
-     ("align", "student_init", "vocab_parallel", PACK, PACK),
-     ("distill", "student_init", "replicated", {}, {}),
-     ("distill", "student_untied", "gathered", {"placement": "replica"}, LEAN),
-     ("sft", "student_init", "replicated", {}, LEAN),
-     ("sft", "student_untied", "replicated", {}, {}),
-     ("uld", "student_init", "replicated", {}, LEAN),
-     ("logit_kd", "twin", "replicated", {}, {}),
-     ("mot", "student_init", "replicated", {}, LEAN),
-     ("dskd", "student_untied", "vocab_parallel", {}, {}),
-     ("byte_kd", "student_init", "replicated", {}, LEAN),
-     ("byte_kd alone", "student_untied", "replicated", {"placement": "replica"}, {}),
-     ("student's rows", "student_init", "replicated", {}, LEAN),
-     ("both rows", "student_untied", "vocab_parallel", PACK, {}),
-     ("embeddings", "student_init", "gathered", {}, {}),
-     ("boundary", "student_init", "vocab_parallel", {}, {})],
+    "kind, student, teacher_keys, student_keys",
+    [("align", "student_init", {}, {}),
+     ("align", "student_init", PACK, PACK),
+     ("distill", "student_init", {}, {}),
+     ("distill", "student_untied", {"placement": "replica"}, LEAN),
+     ("sft", "student_init", {}, LEAN),
+     ("sft", "student_untied", {}, {}),
+     ("uld", "student_init", {}, LEAN),
+     ("logit_kd", "twin", {}, {}),
+     ("mot", "student_init", {}, LEAN),
+     ("dskd", "student_untied", {}, {}),
+     ("byte_kd", "student_init", {}, LEAN),
+     ("byte_kd alone", "student_untied", {"placement": "replica"}, {}),
+     ("student's rows", "student_init", {}, LEAN),
+     ("both rows", "student_untied", PACK, {}),
+     ("embeddings", "student_init", {}, {}),
+     ("boundary", "student_init", {}, {})],
 )  # fmt: skip
 def test_gradients_equal_plain_torch(
-    tmp_path, pair, shards, kind, student, head, teacher_keys, student_keys
+    tmp_path, pair, shards, kind, student, teacher_keys, student_keys
 ):
     if student == "twin":  # a smaller model with the teacher's tokenizer
         pair_folder, pair = pair / "teacher_init", tmp_path
         shutil.copytree(pair_folder, tmp_path / "teacher_init")
         build_teacher(texts_of_digits(), pair / "twin", width=64, layers=2)
-    recipe = recipe_for(tmp_path, pair, shards, student, kind, head, teacher_keys, student_keys)
+    recipe = recipe_for(tmp_path, pair, shards, student, kind, teacher_keys, student_keys)
     run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, "tested", tmp_path / "result.pt"])
     result = torch.load(tmp_path / "result.pt")
     check_gradients(recipe, result)

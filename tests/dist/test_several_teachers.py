@@ -26,22 +26,22 @@ def second(pair, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "kind, student, head, placement, student_keys, trained",
-    [("align", "student_init", "vocab_parallel", "replica", PACK, {"parts"}),
-     ("distill", "student_init", "replicated", "zero3", {}, {"student", "parts"}),
-     ("both rows", "student_untied", "gathered", "replica", LEAN, {"student", "parts"}),
-     pytest.param("embeddings", "student_untied", "replicated", "zero3", {}, {"student", "parts"},
+    "kind, student, placement, student_keys, trained",
+    [("align", "student_init", "replica", PACK, {"parts"}),
+     ("distill", "student_init", "zero3", {}, {"student", "parts"}),
+     ("both rows", "student_untied", "replica", LEAN, {"student", "parts"}),
+     pytest.param("embeddings", "student_untied", "zero3", {}, {"student", "parts"},
                   marks=pytest.mark.slow),
-     ("byte_kd", "student_init", "replicated", "zero3", LEAN, {"student"}),
-     pytest.param("byte_kd", "student_untied", "replicated", "replica", {}, {"student"},
+     ("byte_kd", "student_init", "zero3", LEAN, {"student"}),
+     pytest.param("byte_kd", "student_untied", "replica", {}, {"student"},
                   marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_gradients_are_the_weighted_sum(
-    tmp_path, pair, shards, second, kind, student, head, placement, student_keys, trained
+    tmp_path, pair, shards, second, kind, student, placement, student_keys, trained
 ):
     more = {"path": str(second), "max_length": 128, "weight": 3.0, "placement": placement}
     recipe = recipe_for(
-        tmp_path, pair, shards, student, kind, head, {"weight": 2.0}, student_keys,
+        tmp_path, pair, shards, student, kind, {"weight": 2.0}, student_keys,
         more_teachers=[more],
     )  # fmt: skip
     run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, "tested", tmp_path / "result.pt"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.token_bytes import byte_vocabulary
 from genrecal_ds.objectives import mot
 from genrecal_ds.objectives.byte_kd import ByteKD
@@ -38,7 +38,7 @@ def matrices_of(distance) -> float:
 
 @pytest.mark.parametrize("name", TOKEN_DISTANCES)
 def test_token_by_token(name):
-    targets, theirs = torch.randn(ROWS, WIDTH), ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    targets, theirs = torch.randn(ROWS, WIDTH), FrozenHead(Head(torch.randn(VOCABULARY, WIDTH)))
 
     def of_chunk(logits, part):
         return TOKEN_DISTANCES[name](logits, theirs.logits(targets[part]))
@@ -48,7 +48,7 @@ def test_token_by_token(name):
 
 
 def test_by_conversations():
-    theirs, targets = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH))), torch.randn(ROWS, WIDTH)
+    theirs, targets = FrozenHead(Head(torch.randn(VOCABULARY, WIDTH))), torch.randn(ROWS, WIDTH)
     objective = MultiLevelOT(nn.Module(), theirs, LossConfig())
     paired = torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool)
 
@@ -77,7 +77,7 @@ def test_byte_by_byte(teacher_rows):
     ]
     at = next_byte.Boundaries(*torch.tensor(asked).T)
     there = at._replace(row=teacher_rows * at.row + at.depth % teacher_rows)
-    theirs = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    theirs = FrozenHead(Head(torch.randn(VOCABULARY, WIDTH)))
     targets = torch.randn(teacher_rows * ROWS, WIDTH)
     objective = ByteKD(nn.Module(), theirs, (table, table), LossConfig())
 

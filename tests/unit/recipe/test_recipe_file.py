@@ -73,8 +73,6 @@ def test_sources_of_stages_default_to_the_stage_before(tmp_path):
         ({"recalibrator": {"positions": "own"}, "teacher": {"path": "t", "cache": "c"}},
          "teacher.cache: holds no question, so recalibrator.positions must be new"),
         ({"log": {"evaluate_every": 5}}, "log.evaluate_every: needs data.validation"),
-        ({"teacher_head": "gathered", "stages": [{"kind": "mot", "steps": 1}]},
-         "stages.mot: mot needs teacher_head: replicated"),
         ({"teacher": None, "stages": [{"kind": "dskd", "steps": 1}]},
          "stages.dskd: kind dskd needs teacher.path"),
         ({"stages": [{"kind": "align", "steps": 1, "epochs": 1}]}, "exactly one of steps"),
