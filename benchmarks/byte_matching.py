@@ -106,9 +106,7 @@ def loss_contestants() -> Contestants:
     return {
         "three products": products,
         "cross entropy": stepped(lambda: linear_cross_entropy(rows, labels, head, ones)[0]),
-        "next-byte KL": stepped(
-            lambda: linear_distance(rows, head, kl, matrices=KINDS["byte_kd"].head_matrices)[0]
-        ),
+        "next-byte KL": stepped(lambda: linear_distance(rows, head, kl, matrices=held)[0]),
         "next-byte KL, all logits": stepped(lambda: kl(rows @ weight.T, slice(0, ROWS)).sum()),
     }
 

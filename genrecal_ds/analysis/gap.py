@@ -30,7 +30,7 @@ from genrecal_ds.data.pair import Pair, Unusable
 from genrecal_ds.data.reader import Sample, ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_frozen_head
 from genrecal_ds.models.token_bytes import token_bytes
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives.base import Ingredients, TeacherRows
@@ -53,7 +53,7 @@ class Subject(NamedTuple):
         ours, theirs = ChatEncoder(student, 1 << 20), ChatEncoder(teacher, 1 << 20)
         matcher = ByteMatcher(*(token_bytes(e.tokenizer, e.folder) for e in (theirs, ours)))
         encoders = PairEncoders(ours, theirs)
-        head = ReplicatedHead(load_frozen_head(teacher, torch.float32, CPU))
+        head = FrozenHead(load_frozen_head(teacher, torch.float32, CPU))
         stage = StageConfig(kind="byte_kd", steps=1)
         parts = Ingredients(
             stage, load_vlm(student).eval(), encoders, Clock(), head, matcher=matcher

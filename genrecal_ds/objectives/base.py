@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from genrecal_ds.data.batch import IGNORE, PairBatch, StudentBatch
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.loader import PairEncoders
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives.report import Clock, Report
@@ -48,7 +48,7 @@ class Ingredients:
     student: VLM
     encoders: PairEncoders
     clock: Clock
-    head: ReplicatedHead | None = None  # the teacher's
+    head: FrozenHead | None = None  # the teacher's
     recalibrator: Recalibrator | None = None
     matcher: ByteMatcher | None = None
 

@@ -10,7 +10,7 @@ entering the Recalibrator, N teacher loss rows, K passes (mixed; in align also r
 from torch import Tensor
 
 from genrecal_ds.data.batch import IGNORE, PairBatch, TeacherBatch
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.objectives.base import Ingredients, Objective, TeacherRows, Totals
 from genrecal_ds.objectives.probes import probe_gradients, probe_questions
@@ -26,7 +26,7 @@ class GenRecal(Objective):
         super().__init__(parts)
         assert parts.recalibrator is not None and parts.head is not None
         self.recalibrator: Recalibrator = parts.recalibrator
-        self.teacher_head: ReplicatedHead = parts.head
+        self.teacher_head: FrozenHead = parts.head
         # In the order in which data/batch.py lays the passes out.
         self.passes = ("mixed", "regular") if parts.stage.has_regular else ("mixed",)
 

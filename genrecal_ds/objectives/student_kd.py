@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.objectives.base import Ingredients, Objective, TeacherRows, Totals
 from genrecal_ds.objectives.probes import probe_student_rows
 from genrecal_ds.objectives.report import Report
@@ -30,7 +30,7 @@ class StudentKD(Objective):
     def __init__(self, parts: Ingredients):
         super().__init__(parts)
         assert parts.head is not None
-        self.teacher_head: ReplicatedHead = parts.head
+        self.teacher_head: FrozenHead = parts.head
         self.matrices = parts.stage.facts.head_matrices
 
     def teacher_term(

@@ -68,7 +68,7 @@ def read(stage: Path) -> Measured:
     of_sample = flops.of_stage(load, sample)
     names = {name for line in lines for name in line["phases"]}
     micro_steps = recipe.accumulation_steps(trained, ranks)
-    moved = wire(load, sample.answer)
+    moved = wire(load)
     forwards = -(-micro_steps // load.teacher_batches)
     return Measured(
         stage,

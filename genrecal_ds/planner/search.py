@@ -14,11 +14,9 @@ from genrecal_ds.planner.cost import Machine, Step, micro_steps, step_seconds, w
 from genrecal_ds.recipe.config import Placement
 from genrecal_ds.recipe.recipe_file import load_ds_config
 
-Head = Literal["replicated", "gathered", "vocab_parallel"]
 PLACEMENTS: tuple[Placement, ...] = (
     "zero3", "zero3_host", "zero3_offload", "replica", "replica_int8",
 )  # fmt: skip
-HEADS: tuple[Head, ...] = ("replicated", "vocab_parallel", "gathered")
 SIZES = (1, 2, 4, 8, 16, 32)
 MEMORY_USED = 0.95  # of a GPU's: an allocator leaves holes
 
@@ -30,7 +28,6 @@ class Setting(NamedTuple):
     cache: bool = False
     checkpointing: bool = False
     student_offload: bool = False
-    head: Head = "replicated"
     forward_batches: int = 1
 
     @property
@@ -62,7 +59,7 @@ class StagePlan:
     @property
     def received(self) -> int:
         """Bytes that a rank receives in a step."""
-        moved = wire(self.load, 0)
+        moved = wire(self.load)
         forwards = -(-self.micro_steps // self.load.teacher_batches)
         return forwards * moved.teacher + self.micro_steps * (moved.student + moved.reduced)
 
@@ -114,7 +111,7 @@ def settings() -> Iterator[Setting]:
     flags = (False, True)
     counts = SIZES[:5]
     yield from itertools.starmap(
-        Setting, itertools.product(PLACEMENTS, flags, flags, flags, HEADS, counts)
+        Setting, itertools.product(PLACEMENTS, flags, flags, flags, counts)
     )
 
 
@@ -134,7 +131,6 @@ def arranged(work: Work, setting: Setting, micro_batch: int) -> Load:
         placement="cache" if setting.cache and load.kind.reads_cache else setting.placement,
         teacher_zero=Zero.of(load_ds_config(f"teacher_zero3{offload}")),
         teacher_batches=min(setting.forward_batches, max(1, count)),
-        head=setting.head,
     )
 
 

@@ -178,8 +178,6 @@ class Recipe(Section):
     resume: str = Field("auto", pattern=r"^(auto|latest|never|new_data|step-\d{8})$")
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
     teacher: TeacherSource | None = None
-    # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
-    teacher_head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     student: StudentSource
     data: DataConfig
     batch: BatchConfig
@@ -199,10 +197,6 @@ class Recipe(Section):
         for position, stage in enumerate(self.stages):
             if stage.facts.has_teacher and self.teacher is None:
                 raise ValueError(f"stages.{stage.name}: kind {stage.kind} needs teacher.path")
-            if stage.facts.has_distance_at_own_head and self.teacher_head != "replicated":
-                raise ValueError(
-                    f"stages.{stage.name}: {stage.kind} needs teacher_head: replicated"
-                )
             for key in ("student", "recalibrator"):
                 source = getattr(stage, key)
                 if source and source.startswith("stage:") and source[6:] not in names[:position]:

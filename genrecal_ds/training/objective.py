@@ -7,7 +7,7 @@ from genrecal_ds import dist
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_frozen_head
 from genrecal_ds.models.recalibrator import load_recalibrator
 from genrecal_ds.models.token_bytes import token_bytes
 from genrecal_ds.models.vlm import VLM
@@ -45,7 +45,7 @@ def build_objective(
     head = recalibrator = None
     if kind.has_teacher:
         assert recipe.teacher is not None  # a rule of recipe.config.Recipe
-        head = ReplicatedHead(load_frozen_head(recipe.teacher.path, dtype, dist.device()))
+        head = FrozenHead(load_frozen_head(recipe.teacher.path, dtype, dist.device()))
         if kind.has_recalibrator:
             recalibrator = new_recalibrator(
                 recipe.recalibrator, student, recipe.teacher.path, dtype

@@ -13,7 +13,7 @@ from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.estimate import flops
 from genrecal_ds.estimate.sizes import load_of
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives.base import TeacherRows, Totals
 from genrecal_ds.objectives.report import Clock
@@ -62,7 +62,7 @@ class CountingClock(Clock):
 class SeenHead(NamedTuple):
     """A frozen head whose products a counter sees: none sees inside a registered op."""
 
-    of: ReplicatedHead
+    of: FrozenHead
 
     def loss(self, rows, targets, labels, ce_weights, kl_weights):
         arguments = (rows, targets, labels, self.of.head, ce_weights, kl_weights)

@@ -12,7 +12,7 @@ from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.pair import EncodedChat, Pair
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_final_norm, load_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_final_norm, load_frozen_head
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives.base import Ingredients, TeacherRows, Totals
@@ -33,7 +33,7 @@ class Setting:
         self.student_folder = pair / "student_init"
         self.teacher = TeacherBody(load_vlm(self.teacher_folder))
         head = load_frozen_head(self.teacher_folder, torch.float32, torch.device("cpu"))
-        self.head = ReplicatedHead(head)
+        self.head = FrozenHead(head)
         self.encoders = PairEncoders(
             ChatEncoder(self.student_folder, 200), ChatEncoder(self.teacher_folder, 200)
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.token_bytes import byte_vocabulary
 from genrecal_ds.objectives.base import Ingredients
 from genrecal_ds.objectives.byte_kd import ByteKD
@@ -44,7 +44,7 @@ def parts(kind, head):
 
 @pytest.mark.parametrize("name", TOKEN_DISTANCES)
 def test_token_by_token(name):
-    targets, theirs = torch.randn(ROWS, WIDTH), ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    targets, theirs = torch.randn(ROWS, WIDTH), FrozenHead(Head(torch.randn(VOCABULARY, WIDTH)))
 
     def of_chunk(logits, part):
         return TOKEN_DISTANCES[name](logits, theirs.logits(targets[part]))
@@ -54,7 +54,7 @@ def test_token_by_token(name):
 
 
 def test_by_conversations():
-    theirs, targets = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH))), torch.randn(ROWS, WIDTH)
+    theirs, targets = FrozenHead(Head(torch.randn(VOCABULARY, WIDTH))), torch.randn(ROWS, WIDTH)
     objective = MultiLevelOT(parts("mot", theirs))
     paired = torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool)
 
@@ -83,7 +83,7 @@ def test_byte_by_byte(teacher_rows):
     ]
     at = next_byte.Boundaries(*torch.tensor(asked).T)
     there = at._replace(row=teacher_rows * at.row + at.depth % teacher_rows)
-    theirs = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    theirs = FrozenHead(Head(torch.randn(VOCABULARY, WIDTH)))
     targets = torch.randn(teacher_rows * ROWS, WIDTH)
     objective = ByteKD(parts("byte_kd", theirs), (table, table))
 
