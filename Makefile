@@ -93,7 +93,7 @@ test-cluster: setup ## two hosts, SLURM, killed ranks, full disks; root on Debia
 chaos: setup ## kill a random rank at a random time, N=20 runs, and compare the results
 	$(IN_VENV) .venv/bin/python -m tests.cluster.chaos --runs $(or $(N),20) --seed $(or $(SEED),0)
 
-same-bits: setup ## whether faithful.yaml trains bit for bit what it did at commit COMMIT
+same-bits: setup ## whether two recipes train bit for bit what they did at commit COMMIT
 	$(IN_VENV) .venv/bin/python -m tests.same_bits $(or $(COMMIT),HEAD)
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
