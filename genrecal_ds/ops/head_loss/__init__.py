@@ -71,7 +71,6 @@ def _head_loss(
     bias_V: Tensor | None,
     scale: float,
     softcap: float | None,
-    valid_vocab: int | None,
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
     implementation: str,
@@ -82,7 +81,7 @@ def _head_loss(
         rows_KNH,
         teacher_rows_NH,
         labels_N,
-        Head(weight_VH, bias_V, scale, softcap, valid_vocab),
+        Head(weight_VH, bias_V, scale, softcap),
         ce_weights,
         kl_weights,
         epilogue_of(implementation),
@@ -111,7 +110,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *unused):
     (grad_KNH,) = ctx.saved_tensors
     # No test for grad_loss == 1: reading it would stall the stream.
-    return ((grad_KNH * grad_loss).to(grad_KNH.dtype), *[None] * 11)
+    return ((grad_KNH * grad_loss).to(grad_KNH.dtype), *[None] * 10)
 
 
 _head_loss.register_autograd(_backward, setup_context=_save)

@@ -67,7 +67,6 @@ def head_loss_forward(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss_sum, ce_KN, kl_KN, top1_KN, grad_KNH or empty); see head_loss."""
-    head = head.without_padding()
     num_passes, num_rows, _ = rows_KNH.shape
     fp = wide(head.weight_VH)
     size = chunk_size(num_rows, num_passes, True, head.weight_VH)

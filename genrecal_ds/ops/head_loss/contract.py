@@ -20,14 +20,6 @@ class Head(NamedTuple):
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    valid_vocab: int | None = None  # columns from here on are padding: they count in no softmax
-
-    def without_padding(self) -> "Head":
-        """The same head over its real columns alone; a view, nothing is copied."""
-        if self.valid_vocab is None:
-            return self
-        bias = None if self.bias_V is None else self.bias_V[: self.valid_vocab]
-        return Head(self.weight_VH[: self.valid_vocab], bias, self.scale, self.softcap)
 
 
 class HeadLoss(NamedTuple):
@@ -49,7 +41,7 @@ def check(
 ) -> None:
     """Raise ValueError naming the first argument that does not fit, and what would."""
     weight = head.weight_VH
-    if weight.ndim != 2 or not weight.is_floating_point():
+    if weight.ndim != 2 or not weight.is_floating_point() or not len(weight):
         raise ValueError(f"head.weight_VH: {shown(weight)}, expected a float matrix [V, H]")
     if rows_KNH.ndim != 3:
         raise ValueError(f"rows_KNH: {shown(rows_KNH)}, expected three dimensions [K, N, H]")
@@ -58,9 +50,6 @@ def check(
     expect("rows_KNH", rows_KNH, (passes, rows, width), rows_KNH)
     expect("teacher_rows_NH", teacher_rows_NH, (rows, width), rows_KNH)
     expect("labels_N", labels_N, (rows,), rows_KNH, torch.int64)
-    columns = weight.shape[0] if head.valid_vocab is None else head.valid_vocab
-    if not 0 < columns <= weight.shape[0]:
-        raise ValueError(f"head.valid_vocab: {columns}, expected 1 to {weight.shape[0]}")
     if head.bias_V is not None:
         expect("head.bias_V", head.bias_V, (weight.shape[0],), rows_KNH)
     if len(ce_weights) != passes or len(kl_weights) != passes:
@@ -70,4 +59,4 @@ def check(
         )
     if head.softcap is not None and head.softcap <= 0:
         raise ValueError(f"head.softcap: {head.softcap}, expected > 0")
-    check_labels(labels_N, columns)
+    check_labels(labels_N, weight.shape[0])

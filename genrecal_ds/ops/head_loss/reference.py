@@ -22,7 +22,6 @@ def head_loss_reference(
     kl_weights: Sequence[float],
 ) -> HeadLoss:
     """See head_loss. Holds about nine [K, N, V] matrices; for tests and small vocabularies."""
-    head = head.without_padding()
     valid_N = labels_N != IGNORE
     label_N1 = labels_N.clamp(min=0).unsqueeze(-1)
     # Widened once: two casts would round the two halves of the gradient apart from each other.
