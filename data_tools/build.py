@@ -1,4 +1,4 @@
-"""Build a folder of shards from a source.
+"""Builds a folder of shards from a source.
 
 Every sample is checked by decoding it whole, with the reader's own functions. A bad one is
 written to rejects.jsonl with its reason; too many of them, or none accepted, is a failure and

@@ -1,4 +1,4 @@
-"""Makes a folder of shards from an opened source: checked, in parallel, resumable.
+"""Makes the shards of an opened source: every sample checked, in parallel, resumable.
 
 Shard k holds the good ones of the source's rows [k * shard_size, (k + 1) * shard_size), so shards
 are made in any order by any number of processes and the bytes are always the same. A finished

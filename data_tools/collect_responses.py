@@ -1,4 +1,4 @@
-"""A teacher's own answers in place of short ones: new shards from shards and their evaluation.
+"""Writes new shards in which a teacher's own answers replace the short ones.
 
     python -m genrecal_ds.evaluate TEACHER SHARDS --out answers.json --max-new-tokens 512 \\
         --instruction "Explain, then write Answer: and the answer." --final-after "Answer:"

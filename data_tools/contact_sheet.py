@@ -1,4 +1,4 @@
-"""One HTML page of samples: pictures with their turns, whatever the data holds."""
+"""Writes one HTML page of samples: pictures beside their turns."""
 
 from collections.abc import Iterable
 

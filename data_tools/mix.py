@@ -1,4 +1,4 @@
-"""Join folders of shards with weights, resolved to repeat counts: an epoch is well defined.
+"""Joins folders of shards into one; a weight says how often each folder's samples appear.
 
 Weight 2.5 puts every sample of a folder into the index twice, and a seeded half of them a third
 time; 0.5 takes a half. The tars are hard links where the file system allows, copies elsewhere.

@@ -1,4 +1,4 @@
-"""Divide a folder of shards into several, so that no picture is in two of them.
+"""Divides a folder of shards into several, so that no picture is in two of them.
 
 Samples that share a picture, directly or through others, stay together; a text-only sample goes
 by its text. Which part a group falls into depends on its content and the seed alone: adding

@@ -1,4 +1,4 @@
-"""Complaints of the commands, safe to show: names from data go through genrecal_ds.console.text."""
+"""Prints the data tools' error messages, with text from data made safe to show."""
 
 import sys
 

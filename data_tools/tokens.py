@@ -1,4 +1,4 @@
-"""Count every sample's tokens for a pair of models, pictures included.
+"""Counts every sample's tokens for a pair of models, pictures included.
 
 Writes tokens-PAIR.npy and .json beside the shards, which data.lengths=measured puts batches
 together by, and tokens-PAIR.png with histograms; prints a table. Tokens are counted by the

@@ -1,4 +1,4 @@
-"""Scan a folder of shards whole: file hashes, every sample's crc32 and decoding, its tar keys.
+"""Scans a folder of shards whole: file hashes, every sample's crc32 and decoding, its tar keys.
 
 Prints one line per defect. The keys are also read sequentially with webdataset's own stages, as
 any webdataset user would, and must be the same in the same order.

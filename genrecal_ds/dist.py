@@ -1,4 +1,4 @@
-"""Ranks and the few collectives the library needs. Every function works without a process group."""
+"""Knows this process's rank and offers the few collectives; works without a process group."""
 
 import functools
 import gc

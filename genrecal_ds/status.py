@@ -1,4 +1,4 @@
-"""How a run stands, from its folder alone: needs no torch, no GPU and no running process.
+"""Prints how a run stands, from its folder alone: needs no torch, GPU or running process.
 
 python -m genrecal_ds.status RUN [--json]
 """

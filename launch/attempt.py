@@ -1,4 +1,4 @@
-"""A start of a run: its folder of logs and facts, and how it ended.
+"""Records one start of a run: its folder of logs and facts, and how it ended.
 
 RUN/logs/attempt-001/    attempt.json (when, git hash, where, how far the run was), recipe.yaml as
                          resolved, one log per host or job step

@@ -1,4 +1,4 @@
-"""Start a run over the hosts of a file, and end it everywhere.
+"""Starts a run on every host of a hostfile, and ends it on all of them.
 
 DeepSpeed's multi-node launcher is not used: it puts hosts and environment into shell commands,
 reads a .deepspeed_env that may lie about, ends ranks by a pattern on every host, and can report

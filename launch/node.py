@@ -1,4 +1,4 @@
-"""One host's part of a run: DeepSpeed's per-host launcher, and a way to end it from afar.
+"""Runs one host's part of a run by DeepSpeed's launcher; can be ended from afar.
 
 python -m launch.node --hosts a:8,b:8 --node-rank 1 --master a:29500 [--control] -- RECIPE ...
 

@@ -1,4 +1,4 @@
-"""Conversations as people store them -> messages: LLaVA, ShareGPT, chat messages, one question."""
+"""Turns stored conversations (LLaVA, ShareGPT, chat, one question) into messages."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Scenes of real handwritten digits (scikit-learn's load_digits) with questions about them.
+"""Draws scenes of real handwritten digits (scikit-learn's load_digits) and asks about them.
 
 A scene is a 2 x 2 grid of digit images. The source images, not the scenes, are divided into
 train, validation and heldout: no handwriting is ever seen in two splits. Kinds of questions,

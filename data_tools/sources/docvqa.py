@@ -1,4 +1,4 @@
-"""DocVQA: {split}_v1.0.json or {split}_v1.0_withQT.json, whose `image` begins with documents/."""
+"""Reads DocVQA: {split}_v1.0.json or {split}_v1.0_withQT.json; pictures are in documents/."""
 
 from pathlib import Path
 

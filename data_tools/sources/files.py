@@ -1,4 +1,4 @@
-"""What sources read from disk: strict JSON, and pictures that must lie inside their root."""
+"""Reads a source's files: strict JSON, and pictures from below their root folder only."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""LLaVA and ShareGPT annotations: a JSON array or JSON lines of conversations, beside pictures.
+"""Reads LLaVA and ShareGPT conversations from a JSON array or JSON lines, beside pictures.
 
 Only the places of the rows are kept, and each row is parsed when it is read: a million
 conversations need megabytes, not gigabytes. An array's text is held while it is scanned, once.

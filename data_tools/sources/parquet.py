@@ -1,4 +1,4 @@
-"""Parquet files and Hugging Face `save_to_disk` folders, streamed by pyarrow.
+"""Streams parquet files and Hugging Face `save_to_disk` folders through pyarrow.
 
 Files are memory-mapped and read a few rows at a time: a row group of many gigabytes is never held
 whole. What is held is the page in use where pages are compressed; pyarrow writes up to 1024 rows a

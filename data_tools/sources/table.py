@@ -1,4 +1,4 @@
-"""CSV and TSV: columns question and answer, pictures as paths or base64; VLMEvalKit's too.
+"""Reads CSV and TSV, VLMEvalKit's too: question, answer, pictures as paths or base64.
 
 One pass finds where the records begin (a field may hold line breaks); a record is parsed again
 when it is read.

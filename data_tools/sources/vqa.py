@@ -1,4 +1,4 @@
-"""VQAv2 and OK-VQA: a file of questions and a file of annotations, joined by question_id."""
+"""Reads VQAv2 and OK-VQA: joins the files of questions and annotations by question_id."""
 
 from pathlib import Path
 from typing import Any

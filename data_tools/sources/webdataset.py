@@ -1,4 +1,4 @@
-"""Other people's webdataset shards, checked whole before a sample of them is taken.
+"""Reads other people's webdataset shards, each checked whole before its first sample.
 
 webdataset ends a damaged tar in silence, merges keys with dots, and its decoder unpickles. Here a
 shard with anything unexpected in it is refused by name, nothing is unpacked and nothing is run.

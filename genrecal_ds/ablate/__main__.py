@@ -1,4 +1,4 @@
-"""Train and score every arm of a grid under every condition with every seed, and make the tables.
+"""Trains and scores every arm of a grid under every condition and seed; makes the tables.
 
     python -m genrecal_ds.ablate RECIPE.yaml --grid GRID.yaml --out runs/ablation --jobs 2
     sbatch --array 0-15 launch/slurm/ablate.sbatch RECIPE.yaml --grid GRID.yaml --out runs/ablation

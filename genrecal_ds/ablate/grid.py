@@ -1,4 +1,4 @@
-"""A grid: arms, each a recipe with changed keys, times conditions, times seeds, as a list of runs.
+"""Reads a grid file and lists its runs: arms (recipes with changed keys), conditions, seeds.
 
     shards: runs/demo/data/heldout        # what the last stage's student is scored on
     seeds: [1, 2, 3]

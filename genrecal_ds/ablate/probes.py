@@ -1,4 +1,4 @@
-"""What the runs' last probes say of each class of rows, as tables: docs/method.md, "Health"."""
+"""Makes tables of the runs' last probes, by class of rows: docs/method.md, "Health"."""
 
 import json
 from collections.abc import Sequence

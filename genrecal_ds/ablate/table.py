@@ -1,4 +1,4 @@
-"""Scores of arms over seeds as tables, partial ones said to be so."""
+"""Makes tables of the arms' scores over seeds, and says which runs are missing."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The paper's figures from a run's folder, its error profile and its calibration, on one page.
+"""Draws the paper's figures of a run, its error profile and its calibration, on one page.
 
     python -m genrecal_ds.analysis RUN SHARDS --out DIR
     python -m genrecal_ds.analysis RUN SHARDS --against RUN_WITHOUT_REGULARIZER --out DIR

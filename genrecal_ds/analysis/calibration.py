@@ -1,4 +1,4 @@
-"""How sure a model is of its answers, and how often it is right then (the paper's table 14).
+"""Measures how sure a model is and how often it is right then (the paper's table 14).
 
 Confidence of an answer: the geometric mean of its tokens' probabilities, end of turn included, read
 from the model with its own answer in place of the gold one. ECE: 10 bins of equal width.

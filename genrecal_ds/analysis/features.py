@@ -1,4 +1,4 @@
-"""Both models' boundary rows before and after the Recalibrator, at start and end (figure 6).
+"""Collects both models' boundary rows before and after the Recalibrator (figure 6).
 
 before  what enters the decoder blocks: z_qs of the student, Proj-pre(z_ql) of the teacher
 after   what the teacher's head reads: the same rows of the mixed and of the regular pass

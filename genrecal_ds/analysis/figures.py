@@ -1,4 +1,4 @@
-"""The paper's figures 6, 7 and 9 as PNG files. Drawing only: numbers come from the other files."""
+"""Draws the paper's figures 6, 7 and 9 as PNG files; other files compute the numbers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

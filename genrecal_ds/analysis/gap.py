@@ -1,4 +1,4 @@
-"""How far students are from their teacher, row by row, and whether they listen to the question.
+"""Measures how far students are from their teacher, and whether they use the question.
 
     python -m genrecal_ds.analysis.gap TEACHER SHARDS STUDENT [STUDENT ..] --out gap.json
 

@@ -1,4 +1,4 @@
-"""analysis.html: figures and tables on one page."""
+"""Writes analysis.html: figures and tables on one page."""
 
 from collections.abc import Mapping
 from pathlib import Path

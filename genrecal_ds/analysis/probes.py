@@ -1,4 +1,4 @@
-"""Where does the student's knowledge enter? Losses with its question states true, shuffled, zeroed.
+"""Measures losses with the student's question states true, shuffled and zeroed.
 
     python -m genrecal_ds.analysis.probes TEACHER STAGE_FOLDER SHARDS --out probes.json
 

@@ -1,4 +1,4 @@
-"""A run's report: report.json, a table in the terminal, one HTML page without external loads."""
+"""Writes a run's report: report.json, a table in the terminal, one HTML page."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""report.html: a run's scores, curves, probes, figures, tables of arms and examples."""
+"""Writes report.html: scores, curves, probes, figures, tables of arms and examples."""
 
 from collections.abc import Sequence
 from itertools import chain

@@ -1,4 +1,4 @@
-"""What the models are taught on real samples: answer masks as text, lengths, refusals."""
+"""Shows what the models are taught on real samples: answer masks, lengths, refusals."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What several commands ask of their arguments."""
+"""Parses arguments that several commands share: positive numbers, the I-th of N tasks."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""HTML pages that load nothing: every text escaped, pictures inside, scripts forbidden."""
+"""Builds HTML pages that load nothing: text escaped, pictures inside, scripts forbidden."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Secrets are replaced by [redacted] in everything that a run prints or writes.
+"""Replaces secrets by [redacted] in everything that a run prints or writes.
 
 A leaf: nothing heavy is imported. Tokens are known by their form, values by their key's name.
 """

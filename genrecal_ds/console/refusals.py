@@ -1,4 +1,4 @@
-"""What a command prints that checks and goes on: sections, lines safe to show, refusals."""
+"""Prints the sections and refusals of a command that runs every check before it exits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Text from data, made safe to show."""
+"""Makes text from data safe to show."""
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Pairs become one micro-batch: padded sides, loss rows, and the passes of the Recalibrator.
+"""Joins pairs into one micro-batch: padded sides, loss rows, the Recalibrator's passes.
 
 Shapes: B conversations, T teacher length, S student length, A teacher rows entering the
 Recalibrator, N teacher loss rows (one pass), M student loss rows, P packed rows, I boundaries

@@ -1,4 +1,4 @@
-"""Two tokenisations of one text, held together by bytes.
+"""Matches two tokenisations of one text by the bytes that their tokens spell.
 
 The boundaries between bytes that two token sequences share say which token of one side has read
 what a token of the other has. Nothing of it is the paper's: GenRecal needs no alignment; the

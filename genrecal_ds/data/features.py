@@ -1,4 +1,4 @@
-"""Rows that a frozen teacher computed, kept on disk: computed once, read by any number of runs.
+"""Keeps a frozen teacher's rows on disk: computed once, read by any number of runs.
 
     FOLDER/identity.json              what the rows belong to; a reader with another one is refused
     FOLDER/rank0000-000007.safetensors  one block: rows of some samples, whole or not there

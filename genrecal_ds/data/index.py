@@ -1,4 +1,4 @@
-"""What is in a folder of shards: one fixed-size record per sample, checked before training.
+"""Reads the index of a folder of shards, one record per sample, checked before training.
 
 A folder holds shard-*.tar (plain webdataset), index.npy (INDEX_DTYPE, memory-mappable) and
 manifest.json, written last: without it the build is not finished. webdataset itself ends

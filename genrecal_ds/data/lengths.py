@@ -1,4 +1,4 @@
-"""How long every sample is, for the order: tokens of both models, or an estimate from the index.
+"""Gives the plan every sample's length: both models' tokens, or an estimate from the index.
 
 Measured lengths come from a table that `python -m data_tools.tokens` writes beside the shards,
 one per pair of tokenizers and processors. The table's hash belongs to the plan: other lengths

@@ -1,4 +1,4 @@
-"""Shards -> this rank's micro-batches, step by step, resumable at any step.
+"""Yields this rank's micro-batches from shards, step by step, resumable at any step.
 
     plan.slots(step) -> deal over ranks and micro-steps -> read -> encode_pair -> collate
 

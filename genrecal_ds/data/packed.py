@@ -1,4 +1,4 @@
-"""The Recalibrator's input of a micro-batch: where every packed row comes from, which predict.
+"""Builds the Recalibrator's input: where every row comes from, and which rows predict.
 
 Everything that depends on lengths is decided here, on the CPU: later rooms only gather, and no
 kernel waits for a number from the device.

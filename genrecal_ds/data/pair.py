@@ -1,4 +1,4 @@
-"""One sample, tokenised twice: the teacher's and the student's view of the same conversation.
+"""Tokenises one sample twice, for teacher and student, by rules that both sides share.
 
 Where there are several teachers it is once more for each: every rule is that of all sides.
 

@@ -1,4 +1,4 @@
-"""Which samples form which step: a pure function, independent of ranks, workers and micro-batch.
+"""Decides which samples form which step: a pure function, independent of ranks and workers.
 
     permutation of the epoch -> windows of global batches -> each window sorted by length
     -> global batches that mix classes -> deal: micro-steps of one class and of like length

@@ -1,4 +1,4 @@
-"""Sample number -> Sample: pread of its byte range, crc32, webdataset's own tar parser, decode.
+"""Reads a sample by its number: byte range, crc32, webdataset's own tar parser, decoding.
 
 Random access is what lets the plan decide the order. Every defect becomes a BadSample, also
 StopIteration, which would end a DataLoader's epoch early without an error.

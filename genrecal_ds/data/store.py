@@ -1,4 +1,4 @@
-"""Where a folder of shards lives: a local folder, or a mounted or remote one behind a local cache.
+"""Opens a folder of shards: a local one, or a mounted or remote one behind a local cache.
 
 The cache is shared by the ranks of a node and by runs: files are named by their sha256, so two
 shards of one name never meet and changed content is another file. A file appears complete or not

@@ -1,4 +1,4 @@
-"""Evaluate a model folder on shards.
+"""Evaluates a model folder on shards.
 
     python -m genrecal_ds.evaluate runs/demo/sft/student runs/demo/data/heldout --out result.json
     torchrun --nproc_per_node 8 -m genrecal_ds.evaluate ...

@@ -1,4 +1,4 @@
-"""Greedy answers of a plain Hugging Face model to the last turn of every sample.
+"""Generates a plain Hugging Face model's greedy answers to the last turn of every sample.
 
 Shapes: B prompts of one batch, T longest prompt.
 """

@@ -1,4 +1,4 @@
-"""An exported student as a model of lmms-eval: `--model genrecal_export`, for any of its tasks.
+"""Offers an exported student to lmms-eval, for any task: `--model genrecal_export`.
 
 Imported by lmms-eval alone, through the entry point `lmms_eval.models` (setup.py).
 """

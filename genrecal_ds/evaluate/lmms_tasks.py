@@ -1,4 +1,4 @@
-"""Shards as a task of lmms-eval, so that its models answer them and its functions score them.
+"""Writes shards as a task of lmms-eval: its models answer, its functions score.
 
     python -m genrecal_ds.evaluate.lmms_tasks SHARDS OUT --name heldout
     python -m lmms_eval --include_path OUT --tasks genrecal_heldout --model genrecal_export \\

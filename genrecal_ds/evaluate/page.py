@@ -1,4 +1,4 @@
-"""Answers of several exports side by side, with their pictures: one page, errors first.
+"""Writes one page of several exports' answers side by side, with pictures, errors first.
 
     python -m genrecal_ds.evaluate.page SHARDS RESULT.json [RESULT.json ...] --out page.html
 

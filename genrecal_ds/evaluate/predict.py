@@ -1,4 +1,4 @@
-"""Answers to all samples, on any number of ranks, going on after a kill.
+"""Answers all samples on any number of ranks, and goes on after a kill.
 
 Which samples are answered together does not depend on the ranks: batches are fixed, and dealt out.
 So the answers are the same on one rank and on many, also where padding rounds differently.

@@ -1,4 +1,4 @@
-"""Causal attention over packed rows of several spans, no padding in what calls it.
+"""Computes causal attention over packed rows of several spans, without padding outside it.
 
 Shapes: Q query rows, K key rows, h query heads, g key and value heads, E head width, C spans.
 

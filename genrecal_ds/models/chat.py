@@ -1,4 +1,4 @@
-"""A chat with images becomes token ids, vision inputs and answer spans, for one model.
+"""Turns a chat with images into one model's token ids, vision inputs and answer spans.
 
 The answer a_k of turn k is its content tokens and the end-of-turn token, on every model alike:
 also where a template's generation block leaves the end-of-turn out. Tokens after the last

@@ -1,4 +1,4 @@
-"""Facts per model family, as data; no logic. transformers' own tables say the rest (classes).
+"""Lists facts per model family, as data without logic; transformers' tables say the rest.
 
 `components` maps parameter-name prefixes to components; the longest matching prefix wins.
 `vision_inputs` says how a processor's image tensors of single samples become a batch:

@@ -1,4 +1,4 @@
-"""Reading a folder's safetensors: one tensor, or only the rows that a rank owns."""
+"""Reads a folder's safetensors: one tensor, or only the rows that a rank owns."""
 
 import copy
 import itertools

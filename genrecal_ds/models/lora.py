@@ -1,4 +1,4 @@
-"""LoRA on the student's decoder blocks, by peft; a stage's result has it merged into the weights.
+"""Adds LoRA adapters to the student's blocks, by peft; merges them into a stage's result.
 
 Shapes: r rank, I inputs, O outputs of a linear layer.
 """

@@ -1,4 +1,4 @@
-"""Decoder blocks run over packed rows, the last one on the rows that enter the loss alone.
+"""Runs the Recalibrator's blocks without padding, the last one on the loss rows alone.
 
 Shapes: P packed rows, N rows that enter the loss, D student width, h, g heads, E head width.
 

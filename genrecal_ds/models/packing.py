@@ -1,4 +1,4 @@
-"""A padded batch as one sequence of real tokens, and back: bodies that do no work on padding.
+"""Runs a body without padding: a padded batch becomes one sequence of real tokens.
 
 Samples are kept apart in one of two ways. Where plain causal attention is all that a decoder does,
 its attention becomes ours (models/attention.py): within each sample, by where samples begin. Else

@@ -1,4 +1,4 @@
-"""Processors without torchvision: the PIL image backend, the tokenizer, no video and no audio.
+"""Loads tokenizers, and image processors on the PIL backend; leaves out video and audio.
 
 transformers builds a processor's video part with torchvision, even to read one picture. Here the
 part is left out. Pixels always come from the PIL backend, whatever is installed: PIL and

@@ -1,4 +1,4 @@
-"""The Recalibrator: lets the teacher's language head read the student's features.
+"""Defines the Recalibrator, which lets the teacher's language head read the student's features.
 
     [z_qs ; Proj-pre(z_al)] -> Rec-body -> Proj-post -> norm      (mixed, paper section 3.2)
 

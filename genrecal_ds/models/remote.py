@@ -1,4 +1,4 @@
-"""Model folders that bring code of their own: off, unless the recipe lists every file's sha256.
+"""Refuses model folders with code of their own unless the recipe lists each file's sha256.
 
 Permission is by content, not by place: a student exported from such a folder carries the same
 files and may run, a folder with one byte more may not. Nothing of a folder is imported before

@@ -1,4 +1,4 @@
-"""A frozen model whole on this rank, for teachers that fit: no gathering, and room for 8 bits.
+"""Loads a frozen model whole on this rank, in full precision or in 8 bits.
 
 Filled module by module: host memory grows with what is kept, not with the whole in full precision.
 """

@@ -1,4 +1,4 @@
-"""The bytes that each token of a vocabulary stands for, or a refusal; and tables of them."""
+"""Finds the bytes that each token of a vocabulary stands for, or refuses the vocabulary."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a folder's tokenizer files say, held against the tokenizer that transformers made of them.
+"""Compares a folder's tokenizer files with the tokenizer that transformers made of them.
 
 transformers picks a class by names (model_type, tokenizer_class), and many a class reads a file
 of another kind without a word: a unigram vocabulary as BPE, a blank in front left out, a file

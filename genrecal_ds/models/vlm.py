@@ -1,4 +1,4 @@
-"""Any Hugging Face VLM or LLM as one interface: body, head, and what each parameter belongs to.
+"""Wraps any Hugging Face VLM or LLM as a body, a head and named components.
 
 Shapes: B batch, T sequence length, D width, N loss rows, V vocabulary.
 """

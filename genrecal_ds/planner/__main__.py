@@ -1,4 +1,4 @@
-"""Memory, traffic, FLOPs and hours of a distillation, before any GPU is asked for.
+"""Prints a distillation's memory, traffic, FLOPs and hours before any GPU is asked for.
 
     python -m genrecal_ds.planner --teacher FOLDER --student FOLDER --gpus 128 --gpu a100-80g
     python -m genrecal_ds.planner --teacher qwen2-vl-72b --student qwen2-vl-7b --gpus 128 \\

@@ -1,4 +1,4 @@
-"""Bytes on the wire and seconds of one optimizer step on one GPU, by arithmetic.
+"""Computes the bytes on the wire and the seconds of one optimizer step on one GPU.
 
 Within a phase, gathering runs beside computing, so that a phase takes the longer of the two:
 

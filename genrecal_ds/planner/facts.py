@@ -1,4 +1,4 @@
-"""What a plan knows beforehand: GPUs, models, and the figures that the paper gives.
+"""Lists what a plan knows beforehand: GPUs, models by name, the paper's figures.
 
 Rates are a maker's nominal ones, bandwidths what collectives reach of theirs (nccl-tests' bus
 bandwidth, four fifths of nominal: a guess to be replaced by --link and --net). GB are 1e9 bytes.

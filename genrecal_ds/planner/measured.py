@@ -1,4 +1,4 @@
-"""Stages that were trained, beside the planner's arithmetic.
+"""Prints trained stages beside the planner's arithmetic.
 
     python -m genrecal_ds.planner.measured RUN/STAGE [RUN/STAGE ...] [--peak TFLOPS]
 

@@ -1,4 +1,4 @@
-"""What a plan says: models, FLOPs, places of the teacher, the best of them, scale, a recipe."""
+"""Prints a plan: models, FLOPs, places of the teacher, scale; writes it as a recipe."""
 
 from collections.abc import Iterator
 from pathlib import Path

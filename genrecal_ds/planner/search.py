@@ -1,4 +1,4 @@
-"""Every arrangement of a recipe on a machine: the fastest that fits, and why others do not.
+"""Tries every arrangement on a machine: the fastest that fits, and why others do not.
 
 A recipe has one arrangement for all its stages, and a micro-batch for each.
 """

@@ -1,4 +1,4 @@
-"""The demo: a whole distillation at toy size, on two CPU ranks or a GPU.
+"""Runs the demo: a whole distillation at toy size, on two CPU ranks or a GPU.
 
     python -m launch.demo.run [--cache]
 

@@ -1,4 +1,4 @@
-"""Which metric a kind of sample is scored by, one file for each metric.
+"""Chooses the metric of a kind of sample; each metric has a file of its own.
 
 A metric takes a prediction and the accepted answers and gives 0 to 1. `kind` is what the shard's
 builder wrote: the benchmark's name, or with a suffix a part of it whose score is its own.

@@ -1,4 +1,4 @@
-"""Boxes of RefCOCO and its like: right where intersection over union is 0.5 or more.
+"""Scores RefCOCO's boxes: right where intersection over union is 0.5 or more.
 
 Gold boxes are x0 y0 x1 y1, from 0 to 1. Models write their boxes in conventions of their own:
 

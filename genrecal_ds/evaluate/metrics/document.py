@@ -1,4 +1,4 @@
-"""ANLS of DocVQA: how near an answer is to the nearest gold one, letter by letter.
+"""Scores DocVQA by ANLS: how near an answer is to the nearest gold one, by letters.
 
 Similarity 1 - edits / longer length, of the best gold answer. Below one half it counts as 0; at
 exactly one half the paper has 0 and the evaluators in use have .5, and so do we.

@@ -1,4 +1,4 @@
-"""How sure a mean score is."""
+"""Computes the 95 % interval of a mean score, Wilson's or the bootstrap's."""
 
 import math
 from collections.abc import Sequence

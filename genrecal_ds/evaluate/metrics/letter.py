@@ -1,4 +1,4 @@
-"""The option's letter, of AI2D, MMBench, MMMU and MathVista: as written, or as people write it."""
+"""Scores AI2D, MMBench, MMMU and MathVista by the option's letter that an answer states."""
 
 import re
 from collections.abc import Sequence

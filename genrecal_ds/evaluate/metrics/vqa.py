@@ -1,4 +1,4 @@
-"""VQA accuracy, of VQAv2, OK-VQA and TextVQA: ten people's answers, three of them suffice.
+"""Scores VQAv2, OK-VQA and TextVQA by how many of ten people gave the same answer.
 
 With each person left out in turn, an answer counts min(1, equal answers among the other nine / 3);
 the mean of the ten. Two variants are in use and are not to be mixed:
