@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 def _share_is_last(
     source: Source, out: Path, arguments: dict[str, Any], args: argparse.Namespace
 ) -> bool:
-    """Make a task's share. Whether no shard is missing now, so that the index can be written."""
+    """Make a task's share; return whether no shard is missing, so that the index can be written."""
     with progress_bar() as progress:
         bar = progress.add_task("building a share", total=len(source) // args.task[1])
         is_last = build_share(

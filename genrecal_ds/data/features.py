@@ -129,7 +129,7 @@ class FeatureStore:
     """Reads samples in any order, from any process. Opened once, forked or pickled to workers."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
-        """Raises UserError for a folder of another teacher, template or data, and says what differs."""
+        """Raises UserError for a folder of another teacher, template or data, and names which."""
         self.folder, self.identity = folder, identity
         self._parts = ("rows", "scales") if identity.get("rows") == "int8" else ("rows",)
         _check_identity(folder, identity)

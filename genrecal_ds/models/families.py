@@ -5,10 +5,10 @@
   rows    concatenate along dim 0 (patches, tiles, grids)
   tokens  one value per token: pad like input_ids, with 0
   tiles   [n, tiles, ...]: pad dim 1 with zeros to the batch's largest, then concatenate
-  canvas  [n, channels, height, width]: pad height and width likewise
+  canvas  [n, channels, height, width]: pad height and width with zeros, then concatenate
   columns concatenate along the last dim
-  patches numbers of patches of pixel_values [crops, patches, ..]: counted on from sample to
-          sample, then as rows; negative ones stand for none and stay
+  patches numbers of patches of pixel_values [crops, patches, ..]: shifted by the patches of the
+          samples before, then concatenated like rows; negative numbers stand for none and stay
 """
 
 from dataclasses import dataclass, field, replace

@@ -42,9 +42,9 @@ def add_adapters(vlm: VLM, config: LoraConfig) -> None:
 
 
 def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state with adapters as one without: W + scale * B A, under the layers' own names.
+    """Merge the adapters of a state into its weights: W + scale * B A, under the layers' own names.
 
-    Added in fp32, and rounded once.
+    The sum is formed in fp32 and rounded once.
     """
     plain = {
         name.replace(".base_layer.", "."): value

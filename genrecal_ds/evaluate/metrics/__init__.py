@@ -37,12 +37,12 @@ OF_KIND = {
 
 
 def metric_of(kind: str) -> str:
-    """The name of a kind's metric."""
+    """Return the name of a kind's metric."""
     return next((name for start, name in OF_KIND.items() if kind.startswith(start)), "words")
 
 
 def named(name: str) -> Metric:
-    """Raises UserError listing the names."""
+    """Return the metric of this name. Raises UserError listing the names."""
     if name not in METRICS:
         raise UserError(f"--metric {name}: there are {', '.join(METRICS)}")
     return METRICS[name]

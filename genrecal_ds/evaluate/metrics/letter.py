@@ -16,7 +16,7 @@ def letter_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def letter_of(text: str) -> str | None:
-    """The option that an answer names: alone, in front, as `the answer is B`, or as last word."""
+    """Find the option that an answer names: alone, in front, as `the answer is B`, or last."""
     text = text.strip()
     if len(text) == 1 and text.upper() in "ABCDEFGHIJ":
         return text.upper()
