@@ -47,20 +47,11 @@ class Case:
 
     @property
     def sources(self) -> dict[str, ModelSource]:
-        """By side; teachers only where a stage needs them, as in training."""
-        from genrecal_ds.data.pair import side_of
-
-        sources: dict[str, ModelSource] = {}
-        if any(stage.needs_teacher for stage in self.recipe.stages):
-            sources |= {side_of(k): source for k, source in enumerate(self.recipe.teachers)}
-        return {**sources, "student": self.recipe.student}
-
-    def key_of(self, side: str) -> str:
-        """The recipe's key of its folder."""
-        from genrecal_ds.data.pair import side_of
-
-        keys = {side_of(k): key for k, key in enumerate(self.recipe.teacher_sources)}
-        return f"{keys.get(side, side)}.path"
+        """By side; the teacher only where a stage needs one, as in training."""
+        own: dict[str, ModelSource] = {"student": self.recipe.student}
+        if self.recipe.teacher and any(stage.facts.has_teacher for stage in self.recipe.stages):
+            return {"teacher": self.recipe.teacher, **own}
+        return own
 
 
 def models(case: Case) -> None:
@@ -77,7 +68,7 @@ def models(case: Case) -> None:
     for side, source in case.sources.items():
         report.say(f"{side}: {source.path}")
         case.broken.add(side)
-        with report.attempt(case.key_of(side), ONE_RELEASE):
+        with report.attempt(f"{side}.path", ONE_RELEASE):
             allow_code(source)
             try:
                 vlm = body_of(source)
@@ -104,7 +95,7 @@ def models(case: Case) -> None:
             )
     if "teacher" in case.sources and "student" not in case.broken:
         with report.attempt("teacher.placement"):
-            if any(source.placement == "replica_int8" for source in case.recipe.teachers):
+            if case.recipe.teacher and case.recipe.teacher.placement == "replica_int8":
                 int8_quantizer()
         with report.attempt("recalibrator"):
             report.say(f"recalibrator: {describe_blocks(case.recipe)}")
@@ -117,7 +108,7 @@ def tokenizers(case: Case) -> None:
     from genrecal_ds.training.inputs import allow_code
 
     for side, source in case.sources.items():
-        with case.report.attempt(case.key_of(side), ONE_RELEASE):
+        with case.report.attempt(f"{side}.path", ONE_RELEASE):
             allow_code(source)  # refused again, in the same words, where it was
             encoder = ChatEncoder(source.path, source.max_length)
             case.encoders[side] = encoder
@@ -145,9 +136,8 @@ def samples(case: Case) -> None:
     if index is None or case.encoders.keys() != case.sources.keys():
         report.say("skipped: needs data.train and every tokenizer")
         return
-    student = case.encoders["student"]
-    teacher, *more = [e for e in case.encoders.values() if e is not student] or [None]
-    encoders = PairEncoders(student, teacher, case.recipe.data.too_long, tuple(more))
+    student, teacher = case.encoders["student"], case.encoders.get("teacher")
+    encoders = PairEncoders(student, teacher, case.recipe.data.too_long)
     looks = view.look_at(index, encoders, NUM_SAMPLES)
     for look in looks:
         report.say(look.name + (", truncated" if look.is_truncated else ""))
@@ -186,21 +176,20 @@ def _lengths(
 
 def all_lengths(case: Case) -> None:
     """Show the lengths of every sample, where data.lengths is measured."""
-    from genrecal_ds.data.lengths import SIDES, load_table
+    from genrecal_ds.data.lengths import load_table
 
     if case.recipe.data.lengths != "measured":
         case.report.say("not measured: data.lengths is estimated")
     elif case.encoders.keys() != case.sources.keys():
         case.report.say("skipped: needs every tokenizer")
     else:
-        pair = {side: encoder for side, encoder in case.encoders.items() if side in SIDES}
-        digests = {side: encoder.digest for side, encoder in pair.items()}
+        digests = {side: encoder.digest for side, encoder in case.encoders.items()}
         trained = {s.data or case.recipe.data.train for s in case.recipe.stages}
         for folder in sorted(trained & case.indices.keys()):
             with case.report.attempt("data.lengths"):
                 table, _ = load_table(case.indices[folder], digests)
                 case.report.say(f"{folder}: {len(table):,} samples")
-                for side, encoder in pair.items():
+                for side, encoder in case.encoders.items():
                     good = table[table[side] >= 0]
                     visual = good[f"{side}_visual"]
                     _lengths(case.report, side, good[side], visual, encoder.max_length)
@@ -228,28 +217,24 @@ def _starts(case: Case, stage: StageConfig) -> None:
     import torch
 
     from genrecal_ds.models.loading import Checkpoint, find_sources
-    from genrecal_ds.models.recalibrator import check_recalibrator
-    from genrecal_ds.models.vlm import skeleton
-    from genrecal_ds.training.weights import (
-        recalibrator_folder_of,
-        refuse_other_architecture,
-        unfilled_recalibrator,
-    )
+    from genrecal_ds.models.recalibrator import check_recalibrator, unfilled
+    from genrecal_ds.models.vlm import skeleton, text_width
+    from genrecal_ds.training.weights import refuse_other_architecture
 
     key = f"stages.{stage.name}"
     if stage.student and not stage.student.startswith("stage:"):
         with case.report.attempt(f"{key}.student", ONE_RELEASE):
             refuse_other_architecture(stage.student, case.recipe.student.path)
             find_sources(skeleton(stage.student).model, Checkpoint(stage.student))
-    folder = stage.recalibrator if stage.has_recalibrator else None
+    folder = stage.recalibrator if stage.facts.has_recalibrator else None
     if folder and not folder.startswith("stage:"):
+        assert case.recipe.teacher is not None  # a rule of config.Recipe
         with case.report.attempt(f"{key}.recalibrator", "name a stage's result"):
+            width = text_width(case.recipe.teacher.path)
             with torch.device("meta"):
-                student = skeleton(case.recipe.student.path)
-            for number in range(len(case.recipe.teachers)):
-                with torch.device("meta"):
-                    module = unfilled_recalibrator(case.recipe, student, torch.float32, number)
-                check_recalibrator(module, recalibrator_folder_of(Path(folder), number))
+                text_config = skeleton(case.recipe.student.path).text_config
+                module = unfilled(case.recipe.recalibrator, text_config, width)
+            check_recalibrator(module, Path(folder))
 
 
 def memory(case: Case) -> None:
@@ -262,8 +247,6 @@ def memory(case: Case) -> None:
         return
     report.say(cluster.described)
     report.say(f"an estimate: {NOT_COUNTED}")
-    if case.recipe.more_teachers:
-        report.say("of the first teacher: those of more_teachers need memory beyond what follows")
     for stage in case.recipe.stages:
         with report.attempt(f"stage {stage.name}"):
             micro_steps = case.recipe.accumulation_steps(stage, cluster.gpus)

@@ -132,7 +132,7 @@ def _dry_run(recipe: Recipe) -> int:
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     for stage in recipe.stages:
         print(*freeze_map(recipe, stage), sep="\n")
-    if any(stage.needs_teacher for stage in recipe.stages):
+    if any(stage.facts.has_recalibrator for stage in recipe.stages):
         print(f"recalibrator: {describe_blocks(recipe)}")
     return 0
 

@@ -116,7 +116,7 @@ def _recipe_of(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: no recipe.yaml; name the folder of a run")
     recipe = load_recipe(run / "recipe.yaml")
-    if recipe.teacher is None or not any(stage.has_recalibrator for stage in recipe.stages):
+    if recipe.teacher is None or not any(stage.facts.has_recalibrator for stage in recipe.stages):
         raise UserError(f"{run}: trained no Recalibrator; name a run with stages align or distill")
     return recipe
 

@@ -23,20 +23,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.batch import Alignment, PairBatch, collate
-from genrecal_ds.data.byte_matching import Aligner
+from genrecal_ds.data.batch import PairBatch, collate
+from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.pair import Pair, Unusable
 from genrecal_ds.data.reader import Sample, ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_frozen_head
-from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
+from genrecal_ds.models.head import FrozenHead, load_frozen_head
+from genrecal_ds.models.token_bytes import token_bytes
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
-from genrecal_ds.objectives import TeacherRows
-from genrecal_ds.objectives.byte_kd import ByteKD
-from genrecal_ds.recipe.stage_config import LossConfig
+from genrecal_ds.objectives.base import Ingredients, TeacherRows
+from genrecal_ds.objectives.byte_kd import ByteKD, build
+from genrecal_ds.objectives.report import Clock
+from genrecal_ds.recipe.stage_config import StageConfig
 
 CPU = torch.device("cpu")
 
@@ -45,27 +46,24 @@ class Subject(NamedTuple):
     teacher: TeacherBody
     objective: ByteKD
     encoders: PairEncoders
-    alignment: Alignment
+    matcher: ByteMatcher
 
     @classmethod
     def load(cls, teacher: Path, student: Path) -> "Subject":
         """Load both models whole, in fp32. Raises UserError for a tokenizer of unknown bytes."""
-        encoders = PairEncoders(ChatEncoder(student, 1 << 20), ChatEncoder(teacher, 1 << 20))
-        models = load_vlm(teacher).eval(), load_vlm(student).eval()
-        tables, pieces = [], []
-        for encoder, model in zip((encoders.teacher, encoders.student), models, strict=True):
-            assert isinstance(encoder, ChatEncoder) and encoder.end_of_turn is not None
-            pieces.append(token_bytes(encoder.tokenizer, encoder.folder))
-            columns = model.head.out_features
-            tables.append(byte_vocabulary(pieces[-1], encoder.end_of_turn, columns, CPU))
-        head = ReplicatedHead(load_frozen_head(teacher, torch.float32, CPU))
-        objective = ByteKD(models[1], head, (tables[0], tables[1]), LossConfig())
-        alignment = Alignment(Aligner(*pieces), next_bytes=True)
-        return cls(TeacherBody(models[0]).eval(), objective, encoders, alignment)
+        ours, theirs = ChatEncoder(student, 1 << 20), ChatEncoder(teacher, 1 << 20)
+        matcher = ByteMatcher(*(token_bytes(e.tokenizer, e.folder) for e in (theirs, ours)))
+        encoders = PairEncoders(ours, theirs)
+        head = FrozenHead(load_frozen_head(teacher, torch.float32, CPU))
+        stage = StageConfig(kind="byte_kd", steps=1)
+        parts = Ingredients(
+            stage, load_vlm(student).eval(), encoders, Clock(), head, matcher=matcher
+        )
+        return cls(TeacherBody(load_vlm(teacher)).eval(), build(parts), encoders, matcher)
 
     def batch(self, pairs: list[Pair]) -> PairBatch:
         placeholder, rules = self.encoders.placeholder(), self.encoders.vision_rules
-        return collate(pairs, placeholder, rules, False, self.alignment)
+        return collate(pairs, placeholder, rules, with_regular=False, matcher=self.matcher)
 
 
 def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, float]:

@@ -9,32 +9,19 @@ loss rows of turn k are the last row of q_k, then the rows of a_k but its last. 
 all tokens of a_k. The first is the BOUNDARY row; in the mixed pass it is the student's own row.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.byte_matching import Aligner
-from genrecal_ds.data.packed import Packing, TurnRows, pack
+from genrecal_ds.data.byte_matching import ByteMatcher
+from genrecal_ds.data.packed import Packing, pack
 from genrecal_ds.data.pair import EncodedChat, Pair
-from genrecal_ds.data.passes import aligned, mixed, regular
+from genrecal_ds.data.passes import mixed, regular
 
 IGNORE = -100  # label of rows that teach nothing
-
-
-class Alignment(NamedTuple):
-    """What a stage needs from matching two tokenisations by bytes (data/byte_matching.py)."""
-
-    aligner: Aligner
-    answers: Literal["teacher", "student", "both"] = "teacher"  # whose rows a pass reads
-    next_bytes: bool = False
-    more: tuple[Aligner, ...] = ()  # of further teachers
-
-    def seen_by(self, teacher: int) -> "Alignment":
-        """0 is the first teacher."""
-        return self._replace(aligner=self.more[teacher - 1], more=()) if teacher else self
 
 
 class SideBatch(NamedTuple):
@@ -54,9 +41,7 @@ class TeacherBatch(NamedTuple):
     targets_N: Tensor  # int64, flat in [B*T]: the teacher's own rows z that predict the labels
     labels_N: Tensor  # int64 in the teacher's vocabulary, IGNORE for placeholders
     boundary_N: Tensor  # bool: the first loss row of a turn
-    packing: Packing  # of the passes: mixed (q student's, a teacher's), aligned, regular
-    # bool: loss rows of the aligned pass whose student row has read exactly what theirs has
-    exact_N: Tensor | None = None
+    packing: Packing  # of the passes: mixed (q student's, a teacher's), then regular
 
 
 class StudentBatch(NamedTuple):
@@ -77,14 +62,6 @@ class SharedBytes(NamedTuple):
     teacher_depth_I: Tensor
 
 
-class TeacherView(NamedTuple):
-    """What a further teacher sees of a micro-batch; fields as PairBatch has them."""
-
-    teacher: TeacherBatch
-    num_teacher_rows: int
-    shared_bytes: SharedBytes | None
-
-
 class PairBatch(NamedTuple):
     """One micro-batch. Counts are of real rows only; they normalise the step's loss."""
 
@@ -101,11 +78,6 @@ class PairBatch(NamedTuple):
     unusable: tuple[str, ...] = ()  # reasons of samples that this pair cannot learn from
     unreadable: tuple[str, ...] = ()  # damaged ones, by shard and key
     shared_bytes: SharedBytes | None = None
-    more: tuple[TeacherView, ...] = ()  # of further teachers, in order
-
-    def seen_by(self, teacher: int) -> "PairBatch":
-        """The same micro-batch beside this teacher; 0 is the first."""
-        return self._replace(**self.more[teacher - 1]._asdict()) if teacher else self
 
 
 def collate(
@@ -113,13 +85,12 @@ def collate(
     placeholder: Pair,
     vision_rules: tuple[dict[str, str] | None, dict[str, str]],
     with_regular: bool,
-    alignment: Alignment | None = None,
-    more_rules: Sequence[dict[str, str]] = (),
+    matcher: ByteMatcher | None = None,
 ) -> PairBatch:
     """Make a micro-batch that calls the same modules on every rank, whatever it is composed of.
 
-    vision_rules: (teacher's, student's), key -> a rule of models/families.py; more_rules: of
-    further teachers.
+    vision_rules: (teacher's, student's), key -> a rule of models/families.py. matcher: finds
+    shared_bytes, for the kinds of stages that compare next bytes.
     Without a picture (or a sample) the placeholder joins, with labels that teach nothing:
     a rank whose vision tower stays silent leaves the others waiting in its all-gather. A pair of
     which one side reads text only has no picture anywhere, the placeholder included.
@@ -128,22 +99,18 @@ def collate(
     if not pairs or (placeholder.student.vision and not has_picture):
         pairs = [*pairs, placeholder]
     student = _student_batch(pairs, vision_rules[1])
-    views = []
+    teacher = None
     if placeholder.teacher is not None:
         width = student.inputs.input_ids.shape[1]
-        for k, rules in enumerate([vision_rules[0] or {}, *more_rules]):
-            seen = [pair.seen_by(k) for pair in pairs]
-            own = alignment and alignment.seen_by(k)
-            views.append(_teacher_view(seen, rules, width, with_regular, own))
+        teacher = _teacher_batch(pairs, vision_rules[0] or {}, width, with_regular)
     return PairBatch(
         student,
-        views[0].teacher if views else None,
+        teacher,
         num_samples=sum(not pair.is_placeholder for pair in pairs),
         num_student_rows=int((student.labels_M != IGNORE).sum()),
-        num_teacher_rows=views[0].num_teacher_rows if views else 0,
+        num_teacher_rows=0 if teacher is None else int((teacher.labels_N != IGNORE).sum()),
         num_truncated=sum(pair.is_truncated for pair in pairs),
-        shared_bytes=views[0].shared_bytes if views else None,
-        more=tuple(views[1:]),
+        shared_bytes=_shared_bytes(pairs, matcher) if matcher else None,
     )
 
 
@@ -164,31 +131,43 @@ def join_teacher(batches: list[PairBatch], rules: dict[str, str]) -> JoinedTeach
     """
     views = [batch.teacher for batch in batches if batch.teacher is not None]
     longest = max(view.inputs.input_ids.shape[1] for view in views)
-    ids, masks, real, rows, targets, sizes, first = [], [], [], [], [], [], 0
-    per_token: dict[str, list[Tensor]] = {}
-    for view in views:
-        inputs = view.inputs
-        count, width = inputs.input_ids.shape
-
-        def moved(flat: Tensor, width: int = width, first: int = first) -> Tensor:
-            row = torch.div(flat, width, rounding_mode="floor")
-            return (row + first) * longest + flat - row * width
-
-        # Padding repeats the last column: in each row an end-of-turn token, padding or not.
-        padding = inputs.input_ids[:, -1:].expand(-1, longest - width)
-        ids.append(torch.cat([inputs.input_ids, padding], 1))
-        masks.append(_grown(inputs.attention_mask, 1, longest))
-        for key in inputs.vision.keys() - rules.keys():
-            per_token.setdefault(key, []).append(_grown(inputs.vision[key], 1, longest))
-        real.append(moved(inputs.real_P))
-        rows.append(moved(view.rows_A))
-        targets.append(moved(view.targets_N))
-        sizes.append((len(view.rows_A), len(view.targets_N)))
-        first += count
-    vision = {key: torch.cat(values) for key, values in per_token.items()}
+    sides = [_widened(view.inputs, longest, rules) for view in views]
+    per_token = sides[0].vision.keys()
+    vision = {key: torch.cat([side.vision[key] for side in sides]) for key in per_token}
     vision |= collate_vision([view.inputs.vision for view in views], rules)
-    joined = SideBatch(torch.cat(ids), torch.cat(masks), vision, torch.cat(real))
-    return JoinedTeacher(joined, torch.cat(rows), torch.cat(targets), sizes)
+    firsts = [0, *accumulate(len(side.input_ids) for side in sides)]
+
+    def moved(name: str) -> Tensor:
+        """Flat rows of every view as flat rows of the joined sequences."""
+        parts = []
+        for view, first in zip(views, firsts, strict=False):
+            flat = view.inputs.real_P if name == "real_P" else getattr(view, name)
+            width = view.inputs.input_ids.shape[1]
+            row = torch.div(flat, width, rounding_mode="floor")
+            parts.append((row + first) * longest + flat - row * width)
+        return torch.cat(parts)
+
+    joined = SideBatch(
+        torch.cat([side.input_ids for side in sides]),
+        torch.cat([side.attention_mask for side in sides]),
+        vision,
+        moved("real_P"),
+    )
+    sizes = [(len(view.rows_A), len(view.targets_N)) for view in views]
+    return JoinedTeacher(joined, moved("rows_A"), moved("targets_N"), sizes)
+
+
+def _widened(side: SideBatch, longest: int, rules: dict[str, str]) -> SideBatch:
+    """A side padded to `longest`, as pad_side pads, with its inputs per token alone as vision."""
+    ids = side.input_ids
+    # Padding repeats the last column: in each row an end-of-turn token, padding or not.
+    padding = ids[:, -1:].expand(-1, longest - ids.shape[1])
+    per_token = {key: side.vision[key] for key in side.vision if key not in rules}
+    return side._replace(
+        input_ids=torch.cat([ids, padding], 1),
+        attention_mask=_grown(side.attention_mask, 1, longest),
+        vision={key: _grown(value, 1, longest) for key, value in per_token.items()},
+    )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -210,58 +189,32 @@ def _student_batch(pairs: list[Pair], rules: dict[str, str]) -> StudentBatch:
     return StudentBatch(inputs, rows, labels, boundary)
 
 
-def _teacher_view(
-    pairs: list[Pair],
-    rules: dict[str, str],
-    student_width: int,
-    with_regular: bool,
-    alignment: Alignment | None,
-) -> TeacherView:
-    """Of pairs seen by one teacher."""
-    inputs = pad_side([pair.teacher for pair in pairs if pair.teacher], rules)
-    teacher = _teacher_batch(pairs, inputs, student_width, with_regular, alignment)
-    shared = None
-    if alignment and alignment.next_bytes:
-        shared = _shared_bytes(pairs, alignment.aligner)
-    return TeacherView(teacher, int((teacher.labels_N != IGNORE).sum()), shared)
-
-
 def _teacher_batch(
-    pairs: list[Pair],
-    inputs: SideBatch,
-    student_width: int,
-    with_regular: bool,
-    alignment: Alignment | None,
+    pairs: list[Pair], rules: dict[str, str], student_width: int, with_regular: bool
 ) -> TeacherBatch:
     """student_width: of the student's padded sequences."""
     views = [pair.teacher for pair in pairs if pair.teacher is not None]
+    inputs = pad_side(views, rules)
     targets, labels, boundary = _loss_rows(pairs, views, inputs)
     width = inputs.input_ids.shape[1]
     answer_rows = [_rows(view.answers, b * width) for b, view in enumerate(views)]
     question_rows = [_rows(view.questions, b * width) for b, view in enumerate(views)]
     rows_A = np.concatenate(answer_rows + (question_rows if with_regular else []))
-    num_answers = sum(map(len, answer_rows))
-    sequences: list[list[TurnRows]] = []
-    exact = None
-    if alignment is None or alignment.answers != "student":
-        sequences += mixed(pairs, student_width)
-    if alignment and alignment.answers != "teacher":
-        own, exact = aligned(pairs, student_width, alignment.aligner)
-        sequences += own
+    sequences = mixed(pairs, student_width)
     if with_regular:
-        sequences += regular(views, num_answers)
+        sequences += regular(views, num_answers=sum(map(len, answer_rows)))
     packing = pack(sequences, len(pairs) * student_width, len(rows_A))
-    return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing, exact)
+    return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing)
 
 
-def _shared_bytes(pairs: list[Pair], aligner: Aligner) -> SharedBytes:
+def _shared_bytes(pairs: list[Pair], matcher: ByteMatcher) -> SharedBytes:
     """The shared boundaries of all pairs; placeholders have none, since they teach nothing."""
     parts: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 4]
     first_m = first_n = 0
     for pair in pairs:
         assert pair.teacher is not None
         turns = zip(
-            aligner.next_bytes(pair), pair.student.answers, pair.teacher.answers, strict=True
+            matcher.next_bytes(pair), pair.student.answers, pair.teacher.answers, strict=True
         )
         for found, (start, end), (teacher_start, teacher_end) in turns:
             if not pair.is_placeholder:

@@ -28,13 +28,6 @@ Pieces = Sequence[Piece]  # of a vocabulary: token id -> its piece
 UNMATCHED = -1
 
 
-class Rows(NamedTuple):
-    """For each teacher token of a turn, the student token that has read no more than it."""
-
-    student_n: np.ndarray  # int64; -1: what stands before the answer
-    is_exact_n: np.ndarray  # bool; it has read exactly as much: both end at one boundary
-
-
 class NextBytes(NamedTuple):
     """For each shared boundary of a turn, the token of each side that holds the next byte.
 
@@ -49,19 +42,15 @@ class NextBytes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Aligner:
+class ByteMatcher:
     """Knows both vocabularies' pieces."""
 
     teacher: Pieces
     student: Pieces
 
-    def rows(self, pair: Pair) -> list[Rows]:
-        """One per turn."""
-        return [align_rows(*pieces) for pieces in self._turns(pair)]
-
     def next_bytes(self, pair: Pair) -> list[NextBytes]:
         """One per turn."""
-        return [align_bytes(*pieces) for pieces in self._turns(pair)]
+        return [match_bytes(*pieces) for pieces in self._turns(pair)]
 
     def _turns(self, pair: Pair) -> list[tuple[list[Piece], list[Piece]]]:
         assert pair.teacher is not None
@@ -77,24 +66,7 @@ class Aligner:
         return list(zip(*by_side, strict=True))
 
 
-def align_rows(teacher: Pieces, student: Pieces) -> Rows:
-    """Of one turn's pieces. Monotone; the last tokens, both ends of turn, always meet exactly."""
-    texts = _text(teacher), _text(student)
-    blanks, student_blanks = map(_num_blanks, texts)
-    # Blanks in front are no text: who has read them alone has read as much as who read nothing.
-    ends_n = np.maximum(_ends(teacher), blanks)
-    ends_m = np.maximum(_ends(student), student_blanks)
-    shared = _shared(texts[1], texts[0])
-    # Between two shared boundaries a teacher's token has read at least up to the first of them.
-    limits_n = np.maximum.accumulate(shared)[ends_n]
-    student_n = np.searchsorted(ends_m[:-1], limits_n, side="right") - 1
-    read_n = np.where(student_n >= 0, ends_m[student_n], student_blanks)
-    is_exact_n = (shared[ends_n] >= 0) & (read_n == limits_n)
-    student_n[-1], is_exact_n[-1] = len(ends_m) - 1, True
-    return Rows(student_n, is_exact_n)
-
-
-def align_bytes(teacher: Pieces, student: Pieces) -> NextBytes:
+def match_bytes(teacher: Pieces, student: Pieces) -> NextBytes:
     """Match one turn's pieces by bytes. The last entry is always the two end-of-turn tokens."""
     ends_n, ends_m = _ends(teacher), _ends(student)
     teacher_of_U = _shared(_text(teacher), _text(student))[:-1]

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from genrecal_ds.data.batch import Alignment, PairBatch, collate
+from genrecal_ds.data.batch import PairBatch, collate
+from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.features import CachedView, Features, FeatureStore
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.pair import (
@@ -31,7 +32,6 @@ from genrecal_ds.data.pair import (
     Unusable,
     encode_pair,
     first_turns,
-    side_of,
 )
 from genrecal_ds.data.plan import PADDING, GivenSamples, StepPlan
 from genrecal_ds.data.reader import BadSample, ShardReader
@@ -48,16 +48,11 @@ class PairEncoders:
     student: Encoder
     teacher: Encoder | None = None
     too_long: LongPolicy = "drop"
-    more: tuple[Encoder, ...] = ()  # of further teachers
-
-    @property
-    def teachers(self) -> tuple[Encoder, ...]:
-        return () if self.teacher is None else (self.teacher, *self.more)
 
     @property
     def by_side(self) -> dict[str, Encoder]:
-        teachers = {side_of(k): encoder for k, encoder in enumerate(self.teachers)}
-        return {**teachers, "student": self.student}
+        teacher = {} if self.teacher is None else {"teacher": self.teacher}
+        return {**teacher, "student": self.student}
 
     def encode(self, messages: list, images: list[Image.Image], number: int = PADDING) -> Pair:
         """number: the sample's, for those that keep something of it."""
@@ -66,11 +61,6 @@ class PairEncoders:
     @property
     def vision_rules(self) -> tuple[dict[str, str] | None, dict[str, str]]:
         return (self.teacher.vision_rules if self.teacher else None), self.student.vision_rules
-
-    @property
-    def more_rules(self) -> tuple[dict[str, str], ...]:
-        """As vision_rules, of further teachers."""
-        return tuple(encoder.vision_rules for encoder in self.more)
 
     def placeholder(self) -> Pair:
         """A conversation that teaches nothing, about a grey picture where all models see; see
@@ -132,10 +122,10 @@ class PairDataset(Dataset):
         index: ShardIndex,
         encoders: PairEncoders,
         with_regular: bool,
-        alignment: Alignment | None = None,
+        matcher: ByteMatcher | None = None,
     ):
         self.reader = ShardReader(index)
-        self.encoders, self.with_regular, self.alignment = encoders, with_regular, alignment
+        self.encoders, self.with_regular, self.matcher = encoders, with_regular, matcher
         self.placeholder = encoders.placeholder()
 
     def __getitem__(self, slots: tuple[int, ...]) -> PairBatch:
@@ -170,8 +160,7 @@ class PairDataset(Dataset):
     def collate(self, pairs: list[Pair]) -> PairBatch:
         encoders = self.encoders
         return collate(
-            pairs, self.placeholder, encoders.vision_rules, self.with_regular, self.alignment,
-            encoders.more_rules,
+            pairs, self.placeholder, encoders.vision_rules, self.with_regular, self.matcher
         )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """Tokenises one sample twice, for teacher and student, by rules that both sides share.
 
-Where there are several teachers it is once more for each: every rule is that of all sides.
-
 Tokenisation is injected (`Encoder`), so this room knows no model. The rules that both sides
 must obey together live here: same turns, same truncation, no empty question.
 """
@@ -76,25 +74,13 @@ class Pair:
     student: EncodedChat
     is_placeholder: bool = False
     is_truncated: bool = False  # turns or question text were left out to fit max_length
-    more: tuple[EncodedChat, ...] = ()  # views of further teachers, in order
 
     @property
     def sides(self) -> tuple[EncodedChat, ...]:
-        return (self.student,) if self.teacher is None else (self.teacher, *self.more, self.student)
-
-    def seen_by(self, teacher: int) -> "Pair":
-        """The student beside this teacher alone; 0 is the first."""
-        view = self.more[teacher - 1] if teacher else self.teacher
-        return replace(self, teacher=view, more=())
+        return (self.student,) if self.teacher is None else (self.teacher, self.student)
 
 
-# By side: `teacher` and `student`, or `student` alone; further teachers are `teacher 2`, ...
-Encoders = dict[str, Encoder]
-
-
-def side_of(teacher: int) -> str:
-    """Its name; 0 is the first teacher."""
-    return f"teacher {teacher + 1}" if teacher else "teacher"
+Encoders = dict[str, Encoder]  # by side: `teacher` and `student`, or `student` alone
 
 
 def encode_pair(
@@ -130,8 +116,7 @@ def encode_pair(
 
 
 def _pair(views: dict[str, EncodedChat], is_truncated: bool = False) -> Pair:
-    more = (view for side, view in views.items() if side not in ("teacher", "student"))
-    return Pair(views.get("teacher"), views["student"], is_truncated=is_truncated, more=tuple(more))
+    return Pair(views.get("teacher"), views["student"], is_truncated=is_truncated)
 
 
 def _views(messages: Messages, images: list[Image], encoders: Encoders) -> dict[str, EncodedChat]:

@@ -5,12 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from genrecal_ds.models.lora import add_adapters
-from genrecal_ds.models.recalibrator import choose_blocks
-from genrecal_ds.models.vlm import VLM, read_config
+from genrecal_ds.models.recalibrator import choose_blocks, unfilled
+from genrecal_ds.models.vlm import VLM, read_config, text_width
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.stage_config import StageConfig
-from genrecal_ds.training.stages import freeze
-from genrecal_ds.training.weights import teacher_width, unfilled_recalibrator
 
 
 def describe_blocks(recipe: Recipe) -> str:
@@ -30,7 +28,7 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int
         student = VLM.from_config(recipe.student.path, torch.float32)
         if recipe.student.lora:
             add_adapters(student, recipe.student.lora)
-        freeze(student, stage)
+        student.train_only(stage.trained_components)
         counts: dict[str, list[int]] = {}
         for _, parameter, component in student.components():
             total, trained = counts.setdefault(component, [0, 0])
@@ -40,14 +38,16 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int
             ]
         for component, (total, trained) in counts.items():
             yield f"student.{component}", total, trained
-        if stage.has_recalibrator:
-            for number in range(len(recipe.teachers)):
-                recalibrator = unfilled_recalibrator(recipe, student, torch.float32, number)
+        if stage.facts.has_recalibrator or stage.facts.projects:
+            assert recipe.teacher is not None  # a rule of config.Recipe
+            text_config, width = student.text_config, text_width(recipe.teacher.path)
+            if stage.facts.has_recalibrator:
+                recalibrator = unfilled(recipe.recalibrator, text_config, width)
                 total = sum(parameter.numel() for parameter in recalibrator.parameters())
-                yield f"recalibrator {number + 1}" if number else "recalibrator", total, total
-        if stage.kind == "dskd":
-            total = student.text_config.hidden_size * teacher_width(recipe)
-            yield "projection", total, total
+                yield "recalibrator", total, total
+            if stage.facts.projects:
+                total = text_config.hidden_size * width
+                yield "projection", total, total
 
 
 def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:

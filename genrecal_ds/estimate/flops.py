@@ -16,7 +16,7 @@ from genrecal_ds.estimate.memory import Decoder, Load, Model
 PHASES = ("teacher", "student", "recalibrator", "head", "backward")
 
 
-class Sample(NamedTuple):
+class SampleTokens(NamedTuple):
     """Tokens of an average one; visual ones are part of both sides."""
 
     teacher: float
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
     visual: float = 0
 
 
-def of_stage(load: Load, sample: Sample) -> dict[str, float]:
+def of_stage(load: Load, sample: SampleTokens) -> dict[str, float]:
     """By phase, of one sample; `head` is both models'. Losses form their gradients forward."""
     found = dict.fromkeys(PHASES, 0.0)
     body = decoder_forward(load.student, sample.student)
@@ -39,7 +39,7 @@ def of_stage(load: Load, sample: Sample) -> dict[str, float]:
     if load.placement != "cache":
         found["teacher"] = decoder_forward(load.teacher, sample.teacher)
         found["teacher"] += vision_forward(load.teacher, sample.visual)
-    if load.distance == "projected":  # beside the loss, and timed with it
+    if load.kind.projects:  # beside the loss, and timed with it
         projection = _projection(load, sample.answer)
         found["head"] += projection
         found["backward"] += 2 * projection
@@ -53,19 +53,17 @@ def of_stage(load: Load, sample: Sample) -> dict[str, float]:
 
 
 def student_products(load: Load) -> int:
-    """With the student's own head: for each of its terms logits and dx, and dW of a head that
-    trains (as if what is below it did, too); a term that is only measured, logits."""
-    gradient = 3 if load.trains_head else 2
-    of_ce = {"none": 0, "measured": 1, "trains": gradient}[load.student_ce]
-    return of_ce + gradient * load.has_distance_at_own_head
+    """Products with the student's own head. A term has logits and dx, and dW of a head that trains
+    (as if what is below it did, too); a term that is only measured has logits alone."""
+    kind, gradient = load.kind, 3 if load.trains_head else 2
+    of_ce = kind.trains_student * (gradient if load.ce_trains else 1)
+    return of_ce + gradient * kind.has_distance_at_own_head
 
 
 def teacher_products(load: Load) -> int:
-    """With the teacher's: its logits for each call, the student's and their gradient for each
-    pass. Boundary rows that weigh more are read twice; they are few, and not counted."""
-    if load.has_distance_at_own_head:
-        return 1
-    return load.head_calls + 2 * load.passes
+    """Products with the teacher's head: its own logits, and for each pass the student's logits and
+    their gradient."""
+    return 1 if load.kind.has_distance_at_own_head else 1 + 2 * load.passes
 
 
 def decoder_forward(model: Model, tokens: float) -> float:
@@ -92,16 +90,15 @@ def _attention(decoder: Decoder, layers: int, tokens: float) -> float:
     return 2 * layers * decoder.heads * decoder.head_dim * tokens**2
 
 
-def recalibrator_forward(load: Load, sample: Sample) -> float:
-    """The student's questions in all passes but the regular one."""
-    rows = [sample.student] * (load.passes - load.has_regular)
-    rows += [sample.teacher] * load.has_regular
+def recalibrator_forward(load: Load, sample: SampleTokens) -> float:
+    """The mixed pass has the student's questions, the regular one the teacher's."""
+    rows = [sample.student, sample.teacher][: load.passes]
     blocks = sum(_blocks(load, count, sample.answer) for count in rows)
     projected = _projected_rows(load, sample) + load.passes * sample.answer
     return blocks + _projection(load, projected)
 
 
-def _projected_rows(load: Load, sample: Sample) -> float:
+def _projected_rows(load: Load, sample: SampleTokens) -> float:
     """Through Proj-pre; the answer's are shared by the passes."""
     return sample.teacher if load.has_regular else sample.answer
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from genrecal_ds.recipe.config import Placement
+from genrecal_ds.recipe.kinds import Kind
 
 GIB = 2**30
 NOT_COUNTED = (
@@ -89,27 +90,21 @@ class Load:
     student: Model
     student_zero: Zero
     student_tokens: int  # of one sample at most
+    kind: Kind
     trained: int  # parameters, the Recalibrator's included
     trains_student: bool  # else its body runs without a graph
     trains_head: bool = False
-    student_ce: Literal["none", "measured", "trains"] = "none"  # through the student's head
-    # of a baseline: at the student's head in chunks or by whole conversations, or projected rows
-    # through the teacher's
-    distance: Literal["none", "chunks", "conversations", "projected"] = "none"
-    distance_matrices: int = 0  # as large as a chunk's logits, that one at the student's head holds
+    ce_trains: bool = True  # else the student's cross entropy is only measured
     checkpointing: bool = False
     teacher: Model | None = None
     teacher_zero: Zero | None = None
     teacher_tokens: int = 0
     placement: Placement | Literal["cache"] = "zero3"
     teacher_batches: int = 1  # micro-batches of one forward of it
-    head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
-    recalibrator: int = 0  # parameters; of dskd, its projection's
+    recalibrator: int = 0  # parameters; where the kind projects, the projection's
     depth: int = 0
     packed_recalibrator: bool = True  # its blocks are ours (models/packed_blocks.py)
-    passes: int = 1  # of the Recalibrator, a regular one among them
     has_regular: bool = False
-    head_calls: int = 1  # of head_loss: passes whose labels differ have one each
 
     def share(self, numbers: int) -> int:
         """A rank's part of a flat tensor, the last rank's padded."""
@@ -127,9 +122,9 @@ class Load:
         return -(-self.teacher.total // ranks)
 
     @property
-    def has_distance_at_own_head(self) -> bool:
-        """At the student's, whose logits are compared with the teacher's."""
-        return self.distance in ("chunks", "conversations")
+    def passes(self) -> int:
+        """Passes of the Recalibrator; a projection counts as one."""
+        return 1 + self.has_regular
 
     @property
     def loss_rows(self) -> int:
@@ -249,16 +244,7 @@ def _teacher(load: Load, model: Model) -> list[Part]:
 
 
 def _frozen_head(load: Load, model: Model) -> Part:
-    """V H numbers, wherever the recipe lays them; `gathered` also has them whole in the loss."""
-    numbers = model.vocab * model.decoder.hidden
-    fix = "teacher_head=vocab_parallel"
-    if load.head == "replicated" or load.gpus == 1:
-        return Part("teacher's head", load.width * numbers, "w V H", fix=fix)
-    share = load.width * load.share(numbers)
-    if load.head == "gathered":
-        whole = share + load.width * numbers
-        return Part("teacher's head", whole, "w V H / gpus + w V H", "student", fix=fix)
-    return Part("teacher's head", share, "w V H / gpus")
+    return Part("teacher's head", load.width * model.vocab * model.decoder.hidden, "w V H")
 
 
 def block_bytes(decoder: Decoder, width: int) -> int:
@@ -302,7 +288,7 @@ def _activations(load: Load) -> list[Part]:
              "tokens w (2 h + 3 i), no graph", "teacher", fix=smaller),
         Part("teacher's rows", rows, "2 tokens w H", "student", fix=smaller),
     ]  # fmt: skip
-    if load.distance == "projected":
+    if load.kind.projects:
         kept = 3 * load.loss_rows * w * teacher.hidden
         formula = "3 rows w H: theirs, the teacher's beside them, their gradient"
         parts.append(Part("projected rows", kept, formula, "student", fix=smaller))
@@ -310,8 +296,7 @@ def _activations(load: Load) -> list[Part]:
         return parts
     # The mixed pass has the student's questions, the regular one the teacher's.
     mixed = max(load.student_tokens, load.teacher_tokens)
-    others = load.passes - load.has_regular
-    packed = load.micro_batch * (others * mixed + load.has_regular * load.teacher_tokens)
+    packed = load.micro_batch * (mixed + load.has_regular * load.teacher_tokens)
     kept = load.depth * block_bytes(student, w) + (4 + 2 * w) * teacher.hidden
     return [
         *parts,
@@ -326,23 +311,21 @@ def _loss_chunk(load: Load) -> Part:
     low = load.width * (load.width < 4)
     student, rows = load.student.vocab, load.loss_rows
     chunks = {"no loss of a head": 0}
-    if load.student_ce != "none":
+    if load.kind.trains_student:
         chunks["rows V (4 + w), <= 1.6 GB or 128 rows"] = _chunk_bytes(rows, student * (4 + low))
-    if load.teacher is not None and not load.has_distance_at_own_head:
-        # Each other call has one pass; the largest, all the rest.
-        columns, passes = load.teacher.vocab, load.passes - load.head_calls + 1
-        if load.head == "vocab_parallel":
-            rows, columns = rows * load.gpus, load.share(columns)
-        formula = "rows V (4 (passes + 1) + w passes), <= 1.6 GB or 128 rows"
-        chunks[formula] = _chunk_bytes(rows, columns * (4 * (passes + 1) + low * passes))
-    elif load.teacher is not None:
-        per_row = 4 * load.distance_matrices * max(student, load.teacher.vocab)
-        if load.distance == "conversations":
+    if load.kind.has_distance_at_own_head:
+        assert load.teacher is not None
+        per_row = 4 * load.kind.head_matrices * max(student, load.teacher.vocab)
+        if load.kind.takes_whole_conversations:
             chunks["one conversation's rows V 4 matrices"] = rows // load.micro_batch * per_row
         else:
             chunks["rows V 4 matrices, <= 1.6 GB or 128 rows"] = _chunk_bytes(rows, per_row)
+    elif load.teacher is not None:
+        columns, passes = load.teacher.vocab, load.passes
+        formula = "rows V (4 (passes + 1) + w passes), <= 1.6 GB or 128 rows"
+        chunks[formula] = _chunk_bytes(rows, columns * (4 * (passes + 1) + low * passes))
     largest = max(chunks, key=lambda formula: chunks[formula])
-    terms = (load.student_ce == "trains") + load.has_distance_at_own_head
+    terms = load.kind.trains_student * load.ce_trains + load.kind.has_distance_at_own_head
     gradient = 4 * student * load.student.decoder.hidden * load.trains_head * terms
     formula = f"{largest}; dW 4 V D a term"
     return Part("loss: logits of a chunk", chunks[largest] + gradient, formula, "student")

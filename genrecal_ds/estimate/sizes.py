@@ -1,6 +1,6 @@
 """What memory.py calculates with, taken from a recipe's folders. Needs no weights and no GPU."""
 
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,13 +11,9 @@ from genrecal_ds.estimate.memory import Decoder, Load, Model, Zero
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, skeleton
-from genrecal_ds.objectives import mot
-from genrecal_ds.ops.linear_distance import MATRICES
-from genrecal_ds.ops.next_byte import BYTE_MATRICES
 from genrecal_ds.recipe.config import ModelSource, Recipe
 from genrecal_ds.recipe.recipe_file import load_ds_config
 from genrecal_ds.recipe.stage_config import StageConfig
-from genrecal_ds.training.stages import freeze, trained_components
 
 
 def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Load:
@@ -26,73 +22,46 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
     if recipe.student.lora:
         with torch.device("meta"):
             add_adapters(student, recipe.student.lora)
-    freeze(student, stage)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    student.train_only(stage.trained_components)
     zero = Zero.of(load_ds_config(recipe.deepspeed.student))
-    shared = {
-        "gpus": gpus,
-        "per_host": per_host,
-        "width": 2 if recipe.precision == "bf16" else 4,
-        "micro_batch": recipe.micro_batch(stage),
-        "student": model_of(student, zero.keeps_whole),
-        "student_zero": zero,
-        "student_tokens": recipe.student.max_length,
-        "trains_student": bool(trained_components(stage)),
-        "trains_head": student.head.weight.requires_grad,
-        "student_ce": _student_ce(stage),
-        "checkpointing": recipe.student.gradient_checkpointing,
-    }
-    if not stage.needs_teacher:
-        return Load(**shared, trained=trained)
-    assert recipe.teacher is not None  # a rule of config.Recipe
     parts = {part: count for part, count, _ in describe(recipe, stage)}
-    recalibrator = parts.get("recalibrator", 0) or parts.get("projection", 0)
+    beside = parts.get("recalibrator", 0) or parts.get("projection", 0)
+    load = Load(
+        gpus=gpus,
+        per_host=per_host,
+        width=2 if recipe.precision == "bf16" else 4,
+        micro_batch=recipe.micro_batch(stage),
+        kind=stage.facts,
+        student=model_of(student, zero.keeps_whole),
+        student_zero=zero,
+        student_tokens=recipe.student.max_length,
+        trained=beside + sum(p.numel() for p in student.parameters() if p.requires_grad),
+        trains_student=bool(stage.trained_components),
+        trains_head=student.head.weight.requires_grad,
+        ce_trains=stage.losses.student_ce > 0,
+        checkpointing=recipe.student.gradient_checkpointing,
+        recalibrator=beside,
+    )
+    return _beside_teacher(load, recipe, stage, student) if stage.facts.has_teacher else load
+
+
+def _beside_teacher(load: Load, recipe: Recipe, stage: StageConfig, student: VLM) -> Load:
+    assert recipe.teacher is not None  # a rule of config.Recipe
     zero = Zero.of(load_ds_config(recipe.teacher_ds_config))
     # Rounded: an estimate is of use also where the batch does not divide yet.
-    micro_steps = max(1, recipe.global_batch(stage) // (recipe.micro_batch(stage) * gpus))
-    has_regular = stage.kind == "align" and stage.losses.regularizer != "none"
-    rows = stage.answers.rows
-    distance, matrices = _distance(stage)
-    chosen = recipe.recalibrator
-    family = student.text_config.model_type
-    return Load(
-        **shared,
-        trained=trained + recalibrator,
+    micro_steps = max(1, recipe.global_batch(stage) // (load.micro_batch * load.gpus))
+    chosen, family = recipe.recalibrator, student.text_config.model_type
+    return replace(
+        load,
         teacher=model_of(skeleton(recipe.teacher.path), zero.keeps_whole),
         teacher_zero=zero,
         teacher_tokens=recipe.teacher.max_length,
         placement="cache" if recipe.reads_cache(stage) else recipe.teacher.placement,
         teacher_batches=min(recipe.teacher.forward_batches, micro_steps),
-        distance=distance,
-        distance_matrices=matrices,
-        head=recipe.teacher_head,
-        recalibrator=recalibrator,
-        depth=chosen.depth if stage.has_recalibrator else 0,
+        depth=chosen.depth if stage.facts.has_recalibrator else 0,
         packed_recalibrator=choose_blocks(family, chosen.blocks, chosen.attention) is not None,
-        passes=1 + (rows == "both") + has_regular,
-        has_regular=has_regular,
-        # The pass with the student's own answer rows has labels of its own.
-        head_calls=(rows != "teacher") + (rows != "student" or has_regular),
+        has_regular=stage.has_regular,
     )
-
-
-def _student_ce(stage: StageConfig) -> Literal["none", "measured", "trains"]:
-    """As the objectives do: align has no such term, a baseline of weight 0 still logs it."""
-    if stage.kind != "align" and stage.losses.student_ce > 0:
-        return "trains"
-    return "none" if stage.has_recalibrator else "measured"
-
-
-def _distance(
-    stage: StageConfig,
-) -> tuple[Literal["none", "chunks", "conversations", "projected"], int]:
-    """(where it is computed, matrices that it holds there)."""
-    if stage.kind == "dskd":
-        return "projected", 0
-    if stage.kind == "mot":
-        return "conversations", mot.MATRICES
-    matrices = BYTE_MATRICES if stage.kind == "byte_kd" else MATRICES
-    return ("chunks", matrices) if stage.needs_logits else ("none", 0)
 
 
 def model_of(vlm: VLM, keeps_whole: int) -> Model:

@@ -22,6 +22,7 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend
 from genrecal_ds.models.packed_blocks import MODEL_TYPES, check_family, packed_forward
 from genrecal_ds.ops.token_align import token_align
+from genrecal_ds.recipe.config import RecalibratorConfig
 
 FINAL_NORMS = ("norm", "embedding_norm")  # names of a decoder's last norm; the second is Lfm2's
 Blocks = Literal["auto", "packed", "transformers"]
@@ -134,6 +135,20 @@ class Recalibrator(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return hidden_CLD.flatten(0, 1).index_select(0, slot_P[packing.loss_rows])
+
+
+def unfilled(
+    config: RecalibratorConfig, text_config: PreTrainedConfig, teacher_width: int,
+    dtype: torch.dtype = torch.float32,
+) -> Recalibrator:  # fmt: skip
+    """The Recalibrator that a recipe asks for, with values that are not meant to be used.
+
+    text_config: the student's. Raises UserError; see Recalibrator.
+    """
+    return Recalibrator(
+        text_config, teacher_width, config.depth, dtype, config.blocks, config.attention,
+        config.positions,
+    )  # fmt: skip
 
 
 def choose_blocks(model_type: str, blocks: Blocks, attention: Backend) -> Backend | None:

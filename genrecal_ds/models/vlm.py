@@ -6,7 +6,7 @@ Shapes: B batch, T sequence length, D width, N loss rows, V vocabulary.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 from genrecal_ds.ops.linear_distance import MATRICES, ChunkDistance, linear_distance
 
-COMPONENTS = ("vision", "projector", "embeddings", "layers", "norm", "head")
 # bf16 rounds twice on the two ways to the same logits; fp32 only orders sums differently.
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -321,6 +320,12 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder, trust_remote_code=is_allowed(folder))
 
 
+def text_width(folder: str | Path) -> int:
+    """The hidden size of a folder's language model."""
+    width: int = read_config(folder).get_text_config().hidden_size
+    return width
+
+
 def _check_attention(folder: str | Path, config: PreTrainedConfig, attention: str | None) -> None:
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if softcap is not None and attention == "sdpa":
@@ -345,19 +350,9 @@ def load_vlm(
 class TeacherBody(nn.Module):
     """The frozen teacher without its head; it returns only the rows that are read."""
 
-    def __init__(self, teacher: VLM, answer_layer: int | None = None):
-        """answer_layer: the decoder block, from 1, whose output the rows for the Recalibrator are;
-        default the last one's, behind the final norm. Raises UserError for a block too many."""
+    def __init__(self, teacher: VLM):
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
-        self._of_layer: Tensor | None = None
-        if answer_layer is not None:
-            blocks = teacher.model.get_decoder().layers
-            if answer_layer > len(blocks):
-                raise UserError(
-                    f"teacher.answer_layer: {answer_layer}, and it has {len(blocks)} layers"
-                )
-            blocks[answer_layer - 1].register_forward_hook(self._keep)
 
     def train(self, mode: bool = True) -> "TeacherBody":
         """Stay in eval mode, whatever the engine asks for."""
@@ -369,13 +364,4 @@ class TeacherBody(nn.Module):
         """(rows [A, H] for the Recalibrator, target rows [N, H]) by flat index into [B*T]."""
         hidden_BTH = self.teacher.body(*inputs)
         rows = hidden_BTH.flatten(0, 1)
-        targets_NH = rows.index_select(0, targets_N)
-        if self._of_layer is not None:
-            kept, self._of_layer = self._of_layer, None
-            if self.teacher.pack:
-                kept = unpacked(kept, inputs.input_ids, inputs.real_P)
-            rows = kept.flatten(0, 1)
-        return rows.index_select(0, rows_A), targets_NH
-
-    def _keep(self, block: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        self._of_layer = output if isinstance(output, Tensor) else output[0]
+        return rows.index_select(0, rows_A), rows.index_select(0, targets_N)

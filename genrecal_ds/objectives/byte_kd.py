@@ -14,35 +14,40 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.data.batch import PairBatch
-from genrecal_ds.models.head import ReplicatedHead
-from genrecal_ds.models.vlm import VLM
-from genrecal_ds.objectives import TeacherRows
-from genrecal_ds.objectives.report import Clock
-from genrecal_ds.objectives.token_kd import StudentKD
+from genrecal_ds.models.token_bytes import byte_vocabulary
+from genrecal_ds.objectives.base import Ingredients, TeacherRows
+from genrecal_ds.objectives.student_kd import StudentKD
 from genrecal_ds.ops.gemm import wide
 from genrecal_ds.ops.next_byte import (
-    BYTE_MATRICES,
     NUM_SYMBOLS,
     Boundaries,
     ByteVocabulary,
     next_byte_kl,
     next_byte_log_mass,
 )
-from genrecal_ds.recipe.stage_config import LossConfig
+
+
+def build(parts: Ingredients) -> "ByteKD":
+    return ByteKD(parts, _vocabularies(parts))
+
+
+def _vocabularies(parts: Ingredients) -> tuple[ByteVocabulary, ByteVocabulary]:
+    """(teacher's, student's)."""
+    matcher, theirs, ours = parts.matcher, parts.encoders.teacher, parts.encoders.student
+    assert parts.head is not None and matcher is not None and theirs is not None
+    columns, student_columns = len(parts.head.head.weight_VH), parts.student.head.out_features
+    device = parts.head.head.weight_VH.device
+    return (
+        byte_vocabulary(matcher.teacher, theirs.end_of_turn, columns, device),
+        byte_vocabulary(matcher.student, ours.end_of_turn, student_columns, device),
+    )
 
 
 class ByteKD(StudentKD):
-    def __init__(
-        self,
-        student: VLM,
-        teacher_head: ReplicatedHead,
-        vocabularies: tuple[ByteVocabulary, ByteVocabulary],
-        losses: LossConfig,
-        clock: Clock | None = None,
-    ):
+    def __init__(self, parts: Ingredients, vocabularies: tuple[ByteVocabulary, ByteVocabulary]):
         """vocabularies: (teacher's, student's)."""
-        super().__init__(student, losses, clock)
-        self.teacher_head, self.vocabularies = teacher_head, vocabularies
+        super().__init__(parts)
+        self.vocabularies = vocabularies
 
     def kd(
         self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
@@ -62,7 +67,7 @@ class ByteKD(StudentKD):
 
         columns = len(self.teacher_head.head.weight_VH)
         distance = self.student.head.distance(
-            rows_MD, of_chunk, teacher_vocabulary=columns, matrices=BYTE_MATRICES
+            rows_MD, of_chunk, teacher_vocabulary=columns, matrices=self.matrices
         )
         return *distance, is_taught_M
 

@@ -14,29 +14,21 @@ Shapes: M student loss rows, N teacher loss rows, D student width, H teacher wid
 from torch import Tensor, nn
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
-from genrecal_ds.models.head import FrozenHead
-from genrecal_ds.models.vlm import VLM
-from genrecal_ds.objectives import TeacherRows
-from genrecal_ds.objectives.report import Clock
-from genrecal_ds.objectives.token_kd import StudentKD, paired_rows
-from genrecal_ds.recipe.stage_config import LossConfig
+from genrecal_ds.objectives.base import Ingredients, TeacherRows
+from genrecal_ds.objectives.student_kd import StudentKD, paired_rows
+
+
+def build(parts: Ingredients) -> "ProjectedKD":
+    return ProjectedKD(parts)
 
 
 class ProjectedKD(StudentKD):
-    def __init__(
-        self,
-        student: VLM,
-        teacher_head: FrozenHead,
-        teacher_width: int,
-        losses: LossConfig,
-        clock: Clock | None = None,
-    ):
-        super().__init__(student, losses, clock)
-        self.teacher_head = teacher_head
-        width, dtype = student.text_config.hidden_size, student.head.weight.dtype
-        self.projection = nn.Linear(width, teacher_width, bias=False, dtype=dtype)
-        std = getattr(student.text_config, "initializer_range", 0.02)
-        nn.init.normal_(self.projection.weight, std=std)
+    def __init__(self, parts: Ingredients):
+        super().__init__(parts)
+        config, dtype = self.student.text_config, self.student.head.weight.dtype
+        teacher_width = self.teacher_head.head.weight_VH.shape[1]
+        self.projection = nn.Linear(config.hidden_size, teacher_width, bias=False, dtype=dtype)
+        nn.init.normal_(self.projection.weight, std=getattr(config, "initializer_range", 0.02))
 
     def kd(
         self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows

@@ -6,10 +6,16 @@ KL DistiLLM's (arXiv 2402.03898), JSD GKD's (arXiv 2306.13649); see ops/head_los
 
 from torch import Tensor
 
-from genrecal_ds.objectives.token_kd import Distance
+from genrecal_ds.objectives.base import Ingredients
+from genrecal_ds.objectives.student_kd import Distance, TokenKD
 from genrecal_ds.ops.head_loss.contract import Divergence
 from genrecal_ds.ops.head_loss.reference import divergence_of
 from genrecal_ds.recipe.stage_config import LossConfig
+
+
+def build(parts: Ingredients) -> TokenKD:
+    vocabulary = len(parts.encoders.student.tokenizer)
+    return TokenKD(parts, divergence(parts.stage.losses, vocabulary))
 
 
 def divergence(losses: LossConfig, vocabulary: int) -> Distance:

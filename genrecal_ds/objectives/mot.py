@@ -19,28 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
-from genrecal_ds.models.head import ReplicatedHead
-from genrecal_ds.models.vlm import VLM
-from genrecal_ds.objectives import TeacherRows
-from genrecal_ds.objectives.report import Clock
-from genrecal_ds.objectives.token_kd import StudentKD, paired_rows
-from genrecal_ds.recipe.stage_config import LossConfig
+from genrecal_ds.objectives.base import Ingredients, TeacherRows
+from genrecal_ds.objectives.student_kd import StudentKD, paired_rows
 
 KEPT = 50
 SEQUENTIAL, SINKHORN = 0.1, 0.1  # the paper's beta and gamma
 TEMPERATURE, ENTROPY, ITERATIONS = 2.0, 0.1, 20  # of the Sinkhorn distance
-MATRICES = 9  # of a conversation's logits' size, held at once: 6.1, and 2 of a softcapped head
 LEAST = 1e-8  # probability of a column that the student does not have
 
 
-class MultiLevelOT(StudentKD):
-    def __init__(
-        self, student: VLM, teacher_head: ReplicatedHead, losses: LossConfig,
-        clock: Clock | None = None,
-    ):  # fmt: skip
-        super().__init__(student, losses, clock)
-        self.teacher_head = teacher_head
+def build(parts: Ingredients) -> "MultiLevelOT":
+    return MultiLevelOT(parts)
 
+
+class MultiLevelOT(StudentKD):
     def kd(
         self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,12 @@
-"""What a step reports: sums with their counts, reduced once over ranks, written as one line.
+"""What a step reports: sums with their counts, reduced once over ranks, and seconds per phase.
 
 Means are kept as (sum, count) until the end: a mean of means depends on how a batch was split.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,13 +38,6 @@ class Report:
             ("_other", valid_N & ~boundary_N),
         ):
             self.means[name + suffix] = ((values_N * rows_N).sum(), rows_N.sum().float())
-
-    def under(self, prefix: str) -> "Report":
-        """The same under longer names."""
-        return Report(
-            {prefix + name: value for name, value in self.means.items()},
-            {prefix + name: value for name, value in self.norms.items()},
-        )
 
     def __add__(self, other: "Report") -> "Report":
         means = dict(self.means)
@@ -101,25 +92,3 @@ class Clock:
         if self.precise:
             dist.synchronize()
         return time.perf_counter()
-
-
-class JsonlLog:
-    """One JSON object per line, written by the main rank only, flushed at once."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        if dist.is_main():
-            path.parent.mkdir(parents=True, exist_ok=True)
-
-    def keep_steps_before(self, step: int) -> None:
-        """Drop lines of steps that will be run again after a resume."""
-        if dist.is_main() and self.path.is_file():
-            text = self.path.read_text()
-            whole = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
-            kept = [line for line in whole.splitlines() if json.loads(line)["step"] < step]
-            self.path.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, record: dict) -> None:
-        if dist.is_main():
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")

@@ -9,6 +9,13 @@ onto the other when every two tokens are equally far apart. Their weight is 1.5 
 import torch.nn.functional as F
 from torch import Tensor
 
+from genrecal_ds.objectives.base import Ingredients
+from genrecal_ds.objectives.student_kd import TokenKD
+
+
+def build(parts: Ingredients) -> TokenKD:
+    return TokenKD(parts, sorted_distance)
+
 
 def sorted_distance(logits_nV: Tensor, teacher_nW: Tensor) -> Tensor:
     """[n], 0 to 2."""

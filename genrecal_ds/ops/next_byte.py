@@ -20,7 +20,6 @@ from torch import Tensor
 
 END, STOP, NUM_SYMBOLS = 256, 257, 258
 # Of the logits' size that both functions together hold at once: 6, and 2 of a softcapped head.
-BYTE_MATRICES = 9
 NARROW = 16  # a boundary that more than 1 in so many tokens go on from is summed densely
 _TINY = 1e-38  # in a logarithm: what is there but lost in rounding is not taken for absent
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from genrecal_ds.console.arguments import positive
 from genrecal_ds.console.refusals import Report
 from genrecal_ds.errors import UserError
-from genrecal_ds.estimate.flops import Sample
+from genrecal_ds.estimate.flops import SampleTokens
 from genrecal_ds.planner import report as say
 from genrecal_ds.planner.cost import Machine
 from genrecal_ds.planner.facts import (
@@ -143,7 +143,7 @@ def _works(loads: "dict[str, Load]", arguments: argparse.Namespace) -> dict[str,
     tokens = min(arguments.tokens, arguments.max_length)
     if arguments.answer_tokens + arguments.visual_tokens >= tokens:
         raise UserError("--answer-tokens and --visual-tokens: together below --tokens")
-    sample = Sample(tokens, tokens, arguments.answer_tokens, arguments.visual_tokens)
+    sample = SampleTokens(tokens, tokens, arguments.answer_tokens, arguments.visual_tokens)
     numbers = zip(STAGES, arguments.samples, arguments.global_batch, strict=True)
     return {kind: Work(loads[kind], count, batch, sample) for kind, count, batch in numbers}
 

@@ -74,19 +74,11 @@ def teacher_ranks(load: Load) -> int:
     return min(load.per_host, load.gpus) if load.placement == "zero3_host" else load.gpus
 
 
-def wire(load: Load, answer_tokens: float = 0) -> Wire:
-    """answer_tokens: of a sample; a head in shares moves rows."""
+def wire(load: Load) -> Wire:
     w, teacher = load.width, 0
     if load.teacher is not None and load.is_teacher_sharded:
         teacher = received(w * (load.teacher.body - load.teacher.small), teacher_ranks(load))
     student = received(w * _student_gathered(load), load.gpus)
-    if load.teacher is not None and load.gpus > 1:
-        numbers = load.teacher.vocab * load.teacher.decoder.hidden
-        rows = int(load.micro_batch * answer_tokens)
-        if load.head == "gathered":
-            student += received(w * numbers, load.gpus)
-        elif load.head == "vocab_parallel":  # rows in, teacher's rows in, their gradient out
-            student += 3 * w * (load.gpus - 1) * rows * load.teacher.decoder.hidden
     return Wire(teacher, student, received(4 * load.trained, load.gpus))
 
 
@@ -97,11 +89,13 @@ def _student_gathered(load: Load) -> int:
     return (2 if load.trains_student else 1) * body + 2 * load.recalibrator
 
 
-def step_seconds(load: Load, sample: flops.Sample, machine: Machine, global_batch: int) -> Step:
+def step_seconds(
+    load: Load, sample: flops.SampleTokens, machine: Machine, global_batch: int
+) -> Step:
     """Seconds of one step, for a batch that divides: see micro_steps."""
     gpu, count = machine.gpu, micro_steps(load, global_batch)
     assert count, "asked for only where the batch divides"
-    moved, found = wire(load, sample.answer), flops.of_stage(load, sample)
+    moved, found = wire(load), flops.of_stage(load, sample)
     forwards = -(-count // load.teacher_batches)
     samples = count * load.micro_batch
     teacher = samples * found["teacher"] / machine.rate

@@ -50,27 +50,25 @@ def read(stage: Path) -> Measured:
         if not path.is_file():
             raise UserError(f"{path}: no such file; name a stage's folder of a run")
     recipe = load_recipe(recipe_file)
-    kind = next((s for s in recipe.stages if s.name == stage.name), None)
-    if kind is None:
+    trained = next((s for s in recipe.stages if s.name == stage.name), None)
+    if trained is None:
         raise UserError(f"{stage}: {recipe_file} has no stage of that name")
-    if recipe.more_teachers and kind.needs_teacher:
-        raise UserError(f"{stage}: has several teachers, and the arithmetic counts one")
     # The last step holds the validation; an incomplete batch is no step like others.
     lines = [json.loads(line) for line in log.read_text().splitlines()][WARM_UP:-1]
     lines = [line for line in lines if line["batch_share"] == 1]
     if not lines:
         raise UserError(f"{log}: fewer than {WARM_UP + 2} whole steps were logged")
     ranks = lines[0]["world_size"]
-    load = load_of(recipe, kind, ranks, ranks)
+    load = load_of(recipe, trained, ranks, ranks)
     tokens = {
         name: statistics.mean(line["tokens"][name] for line in lines) for name in lines[0]["tokens"]
     }
     count = tokens["samples"]
-    sample = flops.Sample(*(tokens[n] / count for n in ("teacher", "student", "answer")))
+    sample = flops.SampleTokens(*(tokens[n] / count for n in ("teacher", "student", "answer")))
     of_sample = flops.of_stage(load, sample)
     names = {name for line in lines for name in line["phases"]}
-    micro_steps = recipe.accumulation_steps(kind, ranks)
-    moved = wire(load, sample.answer)
+    micro_steps = recipe.accumulation_steps(trained, ranks)
+    moved = wire(load)
     forwards = -(-micro_steps // load.teacher_batches)
     return Measured(
         stage,

@@ -44,7 +44,7 @@ def flop_table(works: dict[str, Work]) -> Iterator[str]:
         whole = sum(found.values())
         numbers = (*found.values(), whole)
         yield f"{kind:<10}" + "".join(f"{number / 1e12:>14.2f}" for number in numbers)
-        if kind == "distill":
+        if work.load.kind.reads_cache:
             saved = found["teacher"]
             yield f"  from a cache {whole / (whole - saved):.2f} times fewer"
 
@@ -112,9 +112,9 @@ def places(found: dict[str, Plan | Misfit]) -> Iterator[str]:
 def chosen(plan: Plan) -> Iterator[str]:
     setting = plan.setting
     yield (
-        f"teacher {setting.where}, {setting.forward_batches} micro-batches a forward, its head "
-        f"{setting.head}; student {'with' if setting.checkpointing else 'without'} gradient "
-        f"checkpointing, {'offloaded' if setting.student_offload else 'on the GPUs'}: "
+        f"teacher {setting.where}, {setting.forward_batches} micro-batches a forward; student "
+        f"{'with' if setting.checkpointing else 'without'} gradient checkpointing, "
+        f"{'offloaded' if setting.student_offload else 'on the GPUs'}: "
         f"{plan.hours:.1f} hours"
     )
     for kind, stage in plan.stages.items():
@@ -201,7 +201,6 @@ def recipe_tree(plan: Plan, teacher: str, student: str, max_length: int) -> dict
             "path": teacher, "max_length": max_length, "placement": setting.placement,
             "forward_batches": setting.forward_batches,
         },
-        "teacher_head": setting.head,
         "student": {
             "path": student, "max_length": max_length,
             "gradient_checkpointing": setting.checkpointing,

@@ -8,17 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from genrecal_ds.estimate.flops import Sample
+from genrecal_ds.estimate.flops import SampleTokens
 from genrecal_ds.estimate.memory import GIB, Estimate, Load, Zero, estimate
 from genrecal_ds.planner.cost import Machine, Step, micro_steps, step_seconds, wire
 from genrecal_ds.recipe.config import Placement
 from genrecal_ds.recipe.recipe_file import load_ds_config
 
-Head = Literal["replicated", "gathered", "vocab_parallel"]
 PLACEMENTS: tuple[Placement, ...] = (
     "zero3", "zero3_host", "zero3_offload", "replica", "replica_int8",
 )  # fmt: skip
-HEADS: tuple[Head, ...] = ("replicated", "vocab_parallel", "gathered")
 SIZES = (1, 2, 4, 8, 16, 32)
 MEMORY_USED = 0.95  # of a GPU's: an allocator leaves holes
 
@@ -30,7 +28,6 @@ class Setting(NamedTuple):
     cache: bool = False
     checkpointing: bool = False
     student_offload: bool = False
-    head: Head = "replicated"
     forward_batches: int = 1
 
     @property
@@ -44,7 +41,7 @@ class Work(NamedTuple):
     load: Load
     samples: float
     global_batch: int
-    sample: Sample
+    sample: SampleTokens
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class StagePlan:
     @property
     def received(self) -> int:
         """Bytes that a rank receives in a step."""
-        moved = wire(self.load, 0)
+        moved = wire(self.load)
         forwards = -(-self.micro_steps // self.load.teacher_batches)
         return forwards * moved.teacher + self.micro_steps * (moved.student + moved.reduced)
 
@@ -114,11 +111,11 @@ def settings() -> Iterator[Setting]:
     flags = (False, True)
     counts = SIZES[:5]
     yield from itertools.starmap(
-        Setting, itertools.product(PLACEMENTS, flags, flags, flags, HEADS, counts)
+        Setting, itertools.product(PLACEMENTS, flags, flags, flags, counts)
     )
 
 
-def arranged(work: Work, kind: str, setting: Setting, micro_batch: int) -> Load:
+def arranged(work: Work, setting: Setting, micro_batch: int) -> Load:
     """Return the stage's load under a setting."""
     load = work.load
     if setting.student_offload:
@@ -131,10 +128,9 @@ def arranged(work: Work, kind: str, setting: Setting, micro_batch: int) -> Load:
     count = micro_steps(load, work.global_batch)
     return replace(
         load,
-        placement="cache" if setting.cache and kind == "distill" else setting.placement,
+        placement="cache" if setting.cache and load.kind.reads_cache else setting.placement,
         teacher_zero=Zero.of(load_ds_config(f"teacher_zero3{offload}")),
         teacher_batches=min(setting.forward_batches, max(1, count)),
-        head=setting.head,
     )
 
 
@@ -177,10 +173,10 @@ class Search:
         own = setting if work.load.teacher else Setting(
             checkpointing=setting.checkpointing, student_offload=setting.student_offload
         )  # fmt: skip
-        if kind != "distill":
+        if not work.load.kind.reads_cache:
             own = own._replace(cache=False)
         if (kind, own) not in self._found:
-            tried = [self._try(kind, arranged(work, kind, own, size)) for size in SIZES]
+            tried = [self._try(kind, arranged(work, own, size)) for size in SIZES]
             plans = [found for found in tried if isinstance(found, StagePlan)]
             self._found[kind, own] = (
                 min(plans, key=lambda plan: plan.cost)

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.recipe.stage_config import Component, Section, StageConfig
+from genrecal_ds.recipe.kinds import Component
+from genrecal_ds.recipe.stage_config import Section, StageConfig
 
 # Of the teacher's body. zero3: a share per rank, gathered layer by layer; zero3_host: the shares
 # within each host, so that gathering stays inside it (what hpZ is for, without its first copy);
@@ -52,18 +53,11 @@ class TeacherSource(ModelSource):
     # a folder for its rows: align writes them, distill reads them in place of running it
     cache: Path | None = None
     cache_rows: Literal["exact", "int8"] = "exact"  # int8: half of bf16's bytes, rounded
-    # among several teachers: the share of its terms is its weight over the sum of all weights
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    # whose output the Recalibrator reads, counted from 1; default: the last, behind its norm (the
-    # paper). What it learns to predict is the last's in any case
-    answer_layer: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "TeacherSource":
         if self.compile and self.is_sharded:
             raise ValueError("compile: true needs placement: replica or replica_int8")
-        if self.cache and self.answer_layer:
-            raise ValueError("cache: holds the last layer's rows; leave out answer_layer, or cache")
         return self
 
     @property
@@ -184,10 +178,6 @@ class Recipe(Section):
     resume: str = Field("auto", pattern=r"^(auto|latest|never|new_data|step-\d{8})$")
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
     teacher: TeacherSource | None = None
-    # beside it in align, distill and byte_kd, each with a Recalibrator of its own; not the paper's
-    more_teachers: tuple[TeacherSource, ...] = ()
-    # where its frozen head lies: whole everywhere, or a share per rank (models/head.py)
-    teacher_head: Literal["replicated", "gathered", "vocab_parallel"] = "replicated"
     student: StudentSource
     data: DataConfig
     batch: BatchConfig
@@ -205,12 +195,8 @@ class Recipe(Section):
         if duplicates := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"stages: duplicate name {sorted(duplicates)}; give each a name")
         for position, stage in enumerate(self.stages):
-            if stage.needs_teacher and self.teacher is None:
+            if stage.facts.has_teacher and self.teacher is None:
                 raise ValueError(f"stages.{stage.name}: kind {stage.kind} needs teacher.path")
-            if stage.needs_logits and self.teacher_head != "replicated":
-                raise ValueError(
-                    f"stages.{stage.name}: {stage.kind} needs teacher_head: replicated"
-                )
             for key in ("student", "recalibrator"):
                 source = getattr(stage, key)
                 if source and source.startswith("stage:") and source[6:] not in names[:position]:
@@ -235,7 +221,6 @@ class Recipe(Section):
             )
         if self.teacher and self.teacher.path.resolve() == self.student.path.resolve():
             raise ValueError("teacher.path and student.path are the same folder; name two models")
-        self._refuse_of_several_teachers()
         if self.log.evaluate_every and not self.data.validation:
             raise ValueError("log.evaluate_every: needs data.validation, shards to answer")
         if self.profile:
@@ -243,42 +228,6 @@ class Recipe(Section):
             if first >= last:
                 raise ValueError("profile: a:b needs a < b")
         return self
-
-    def _refuse_of_several_teachers(self) -> None:
-        if not self.more_teachers:
-            return
-        if self.teacher is None:
-            raise ValueError("more_teachers: stand beside teacher; name the first one there")
-        folders = [self.student.path.resolve()]
-        for key, source in self.teacher_sources.items():
-            if source.path.resolve() in folders:
-                raise ValueError(f"{key}.path: {source.path} is named twice; name another model")
-            folders.append(source.path.resolve())
-            if source.cache:
-                raise ValueError(f"{key}.cache: holds the rows of one teacher alone; leave it out")
-            if source.forward_batches != 1:
-                raise ValueError(f"{key}.forward_batches: must be 1 where there are more_teachers")
-        for stage in self.stages:
-            if not stage.takes_several_teachers:
-                raise ValueError(
-                    f"stages.{stage.name}: {stage.kind} has one teacher; leave out more_teachers"
-                )
-
-    @property
-    def teacher_sources(self) -> dict[str, TeacherSource]:
-        """All teachers by their key, the first one first."""
-        first = {"teacher": self.teacher} if self.teacher else {}
-        return first | {f"more_teachers.{k}": s for k, s in enumerate(self.more_teachers)}
-
-    @property
-    def teachers(self) -> tuple[TeacherSource, ...]:
-        return tuple(self.teacher_sources.values())
-
-    @property
-    def teacher_shares(self) -> tuple[float, ...]:
-        """Of each teacher's terms in the loss; their sum is 1."""
-        weights = [source.weight for source in self.teachers]
-        return tuple(weight / sum(weights) for weight in weights)
 
     def micro_batch(self, stage: StageConfig) -> int:
         return stage.micro_batch or self.batch.micro_batch
@@ -304,22 +253,15 @@ class Recipe(Section):
 
     @property
     def teacher_ds_config(self) -> str:
-        """The first teacher's file of ds_configs/."""
+        """The teacher's file of ds_configs/."""
         assert self.teacher is not None
-        return self.ds_config_of(self.teacher)
-
-    def ds_config_of(self, teacher: TeacherSource) -> str:
-        offload = "_offload" if teacher.placement == "zero3_offload" else ""
+        offload = "_offload" if self.teacher.placement == "zero3_offload" else ""
         return self.deepspeed.teacher or f"teacher_zero3{offload}"
 
     def reads_cache(self, stage: StageConfig) -> bool:
-        """Whether the teacher's rows come from disk. Not in align: its regular pass needs question
-        rows, which no cache holds."""
+        """True if the stage reads the teacher's rows from disk."""
         return (
-            self.teacher is not None
-            and self.teacher.cache is not None
-            and stage.needs_teacher
-            and stage.kind != "align"
+            self.teacher is not None and self.teacher.cache is not None and stage.facts.reads_cache
         )
 
     def student_source(self, stage: StageConfig) -> str:
@@ -331,7 +273,7 @@ class Recipe(Section):
 
     def recalibrator_source(self, stage: StageConfig) -> str | None:
         """Folder, or stage:NAME, that the Recalibrator is loaded from; None = a fresh one."""
-        if stage.recalibrator or not stage.has_recalibrator:
+        if stage.recalibrator or not stage.facts.has_recalibrator:
             return stage.recalibrator
-        earlier = [s for s in self.stages[: self.stages.index(stage)] if s.has_recalibrator]
+        earlier = [s for s in self.stages[: self.stages.index(stage)] if s.facts.has_recalibrator]
         return f"stage:{earlier[-1].name}" if earlier else None

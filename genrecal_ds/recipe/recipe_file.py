@@ -17,12 +17,25 @@ from pydantic import BaseModel, ValidationError
 from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.config import Recipe
 
+_NOT_SUPPORTED = "removed after 0.1.0, no result supports it (docs/results.md); leave it out"
+_ONE_TEACHER = "removed after 0.1.0, a run has one teacher (docs/results.md); leave it out"
+# Keys that recipes of earlier versions may still have, without the numbers of stages.
+REMOVED = {
+    "stages.answers": _NOT_SUPPORTED,
+    "stages.losses.boundary_weight": _NOT_SUPPORTED,
+    "teacher.answer_layer": _NOT_SUPPORTED,
+    "teacher.weight": _ONE_TEACHER,
+    "more_teachers": _ONE_TEACHER,
+    "teacher_head": "removed after 0.1.0, the teacher's head is whole on every rank: it is under "
+    "2 % of a GPU (docs/performance.md); leave it out",
+}
+
 
 def check_folders(recipe: Recipe) -> None:
     """Refuse missing model and data folders before anything heavy is imported."""
     sources = {"student.path": recipe.student.path}
-    if any(stage.needs_teacher for stage in recipe.stages):
-        sources |= {f"{key}.path": source.path for key, source in recipe.teacher_sources.items()}
+    if recipe.teacher and any(stage.facts.has_teacher for stage in recipe.stages):
+        sources["teacher.path"] = recipe.teacher.path
     for key, folder in sources.items():
         if not (folder / "config.json").is_file():
             raise UserError(f"{key}: {folder} has no config.json; name a Hugging Face model folder")
@@ -105,6 +118,8 @@ def tree_error(error: ValidationError, tree: type[BaseModel] | None = None) -> s
     location = [str(part) for part in first["loc"]]
     key = ".".join(location) or "recipe"
     if first["type"] == "extra_forbidden":
+        if since := REMOVED.get(".".join(part for part in location if not part.isdecimal())):
+            return f"{key}: {since}"
         valid = list(_fields_at(first["loc"][:-1], tree or Recipe))
         near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"

@@ -26,35 +26,34 @@ class Inputs:
 
 def open_inputs(recipe: Recipe) -> Inputs:
     """Tokenizers, templates and shard indices. Raises UserError for the first that fails."""
-    for source in (recipe.student, *recipe.teachers):
+    for source in filter(None, (recipe.student, recipe.teacher)):
         allow_code(source)
     student = ChatEncoder(recipe.student.path, recipe.student.max_length)
     encoders = {False: PairEncoders(student, too_long=recipe.data.too_long)}
-    if any(stage.needs_teacher for stage in recipe.stages):
+    if any(stage.facts.has_teacher for stage in recipe.stages):
         assert recipe.teacher is not None  # a rule of config.Recipe
-        teacher, *more = (ChatEncoder(t.path, t.max_length) for t in recipe.teachers)
-        encoders[True] = PairEncoders(student, teacher, recipe.data.too_long, tuple(more))
+        teacher = ChatEncoder(recipe.teacher.path, recipe.teacher.max_length)
+        encoders[True] = PairEncoders(student, teacher, recipe.data.too_long)
         _refuse_two_tokenizers(recipe, student, teacher)
-        if any(stage.needs_alignment for stage in recipe.stages):
-            for encoder in (student, teacher, *more):  # raises for what it cannot spell
+        if any(stage.facts.matches_bytes for stage in recipe.stages):
+            for encoder in (student, teacher):  # raises for what it cannot spell
                 token_bytes(encoder.tokenizer, encoder.folder)
     folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
     indices = {folder: ShardIndex.load(store_of(folder, recipe)) for folder in folders if folder}
-    found: dict[tuple[str, bool], Lengths] = {}
+    of_stages: dict[tuple[str, bool], Lengths] = {}
     for stage in recipe.stages:
-        key = (stage.data or recipe.data.train, stage.needs_teacher)
-        if key not in found:
-            found[key] = _lengths(indices[key[0]], encoders, stage.needs_teacher, recipe)
-    return Inputs(encoders, indices, found)
+        key = folder, has_teacher = (stage.data or recipe.data.train, stage.facts.has_teacher)
+        if key not in of_stages:
+            of_stages[key] = _lengths(indices[folder], encoders, has_teacher, recipe)
+    return Inputs(encoders, indices, of_stages)
 
 
 def _refuse_two_tokenizers(recipe: Recipe, student: ChatEncoder, teacher: ChatEncoder) -> None:
-    """logit_kd compares the probabilities of equal ids."""
     for stage in recipe.stages:
-        if stage.kind == "logit_kd":
+        if stage.facts.needs_one_tokenizer:
             if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
                 raise UserError(
-                    f"stages.{stage.name}: logit_kd needs one tokenizer, and teacher.path and "
+                    f"stages.{stage.name}: {stage.kind} needs one tokenizer, and teacher.path and "
                     "student.path have two; take distill or uld"
                 )
 
@@ -76,16 +75,10 @@ def store_of(folder: str, recipe: Recipe) -> ShardStore:
 def _lengths(
     index: ShardIndex, encoders: dict[bool, PairEncoders], has_teacher: bool, recipe: Recipe
 ) -> Lengths:
-    """Of the sides that a stage uses. One table serves all stages: it is the recipe's pair's.
-
-    The order is by the first teacher's tokens and the student's, whatever teachers stand beside.
-    """
+    """Lengths for the models a stage uses. All stages share one table of the recipe's pair."""
     if recipe.data.lengths == "estimated":
         return lengths.estimated(index)
-    pair = encoders[True in encoders].by_side
-    used = encoders[has_teacher].by_side
-    return lengths.measured(
-        index,
-        {side: encoder.digest for side, encoder in pair.items() if side in lengths.SIDES},
-        {side: encoder.max_length for side, encoder in used.items() if side in lengths.SIDES},
-    )
+    pair, used = encoders[True in encoders].by_side, encoders[has_teacher].by_side
+    digests = {side: encoder.digest for side, encoder in pair.items()}
+    limits = {side: encoder.max_length for side, encoder in used.items()}
+    return lengths.measured(index, digests, limits)

@@ -13,10 +13,11 @@ from genrecal_ds import dist
 from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.stage_config import StageConfig
-from genrecal_ds.training.build import build_stage, fill_cache
+from genrecal_ds.training.build import build_stage
 from genrecal_ds.training.guards import stopping
 from genrecal_ds.training.inputs import Inputs
 from genrecal_ds.training.manifest import write_atomically
+from genrecal_ds.training.stage_data import fill_cache
 from genrecal_ds.training.trainer import Trainer
 
 DONE, STOPPED = "DONE", "STOPPED"
@@ -98,10 +99,8 @@ def stage_hash(recipe: Recipe, stage: StageConfig) -> str:
     names = (
         "run_dir", "stages", "log", "checkpoint", "faults", "resume", "profile", "data",
     )  # fmt: skip
-    # Rows from a cache are the teacher's own, and a weight is one among several.
-    several = bool(recipe.more_teachers)
-    outputs = dict.fromkeys(names, True) | {"teacher": {"cache": True, "weight": not several}}
-    outputs |= {"more_teachers": True} if not several else {}
+    # A cache holds the rows that the teacher itself gives: its folder decides nothing.
+    outputs = dict.fromkeys(names, True) | {"teacher": {"cache": True}}
     tree = recipe.model_dump(mode="json", exclude=outputs) | {"too_long": recipe.data.too_long}
     text = json.dumps([tree, stage.model_dump(mode="json", exclude={"data"})], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

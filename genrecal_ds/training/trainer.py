@@ -8,19 +8,17 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from genrecal_ds import dist
-from genrecal_ds.data.batch import PairBatch, join_teacher, to_device
+from genrecal_ds.data.batch import PairBatch, to_device
 from genrecal_ds.data.loader import micro_batches
-from genrecal_ds.data.pair import side_of
 from genrecal_ds.data.plan import GivenSamples, StepPlan
-from genrecal_ds.objectives import TeacherRows, Totals
-from genrecal_ds.objectives.report import JsonlLog, Report
+from genrecal_ds.objectives.base import Totals
+from genrecal_ds.objectives.report import Report
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.stage_config import StageConfig
 from genrecal_ds.training.build import StageParts
@@ -33,9 +31,10 @@ from genrecal_ds.training.guards.health import warnings_of
 from genrecal_ds.training.guards.watchdog import Watchdog
 from genrecal_ds.training.manifest import write_atomically
 from genrecal_ds.training.progress import Profiler, Progress, peak_memory_gib
-from genrecal_ds.training.records import finite, rates, token_counts
-from genrecal_ds.training.stages import learning_rate
+from genrecal_ds.training.schedule import learning_rate
+from genrecal_ds.training.step_log import JsonlLog, Schedule, Warnings, finite, rates, token_counts
 from genrecal_ds.training.teacher_cache import flushed, keep
+from genrecal_ds.training.teacher_rows import teacher_rows, with_teacher_rows
 
 
 class Trainer:
@@ -55,7 +54,8 @@ class Trainer:
         self.plan_start = 0  # the step at which the current data's first epoch began
         self.next_step = 0
         self.stop_asked = False
-        self.warned: set[str] = set()
+        self.schedule = Schedule(recipe.log, self.num_steps)
+        self.warnings = Warnings(stage.name)
         self.batch_read = 0  # digest of the samples of the step under way, over all ranks
         self.log = JsonlLog(self.folder / "metrics.jsonl")
         self.ledger = JsonlLog(self.folder / "ledger.jsonl")
@@ -64,9 +64,8 @@ class Trainer:
         self.counts = SampleCounts(recipe.data.max_unreadable)
         self.faults = Faults(self.folder / "faults", recipe.faults, parts.dataset.reader)
         modules = {"student": parts.student.module}
-        for number, teacher in enumerate(parts.teachers):
-            if teacher.module is not None:
-                modules[side_of(number)] = teacher.module
+        if parts.teacher is not None and parts.teacher.module is not None:
+            modules["teacher"] = parts.teacher.module
         seconds = recipe.faults.stall_seconds
         self.watchdog = Watchdog(self.folder / "faults", seconds, parts.clock, modules)
 
@@ -90,7 +89,7 @@ class Trainer:
             while self.next_step < self.num_steps:
                 step, start = self.next_step, time.perf_counter()
                 self.watchdog.step = step
-                self.parts.clock.precise = self._is_logged(step)
+                self.parts.clock.precise = self.schedule.is_logged(step)
                 with profiler.step(step):
                     with self.parts.clock.phase("data"):
                         micro = next(batches)
@@ -98,10 +97,11 @@ class Trainer:
                     report = self.train_step(step, micro)
                 self.next_step = step + 1
                 self._enter_in_ledger(step)
-                record = self._record(step, micro, report, time.perf_counter() - start)
-                if record:
-                    self.log.write(record)
-                    self.parts.student.log(record["metrics"], record["samples"])
+                phases, seconds = self.parts.clock.take(), time.perf_counter() - start
+                if self.schedule.is_logged(step):
+                    record = self._measure(step, micro, report, phases, seconds)
+                    record["metrics"] |= finite(self.evaluate(step))
+                    self._log(record)
                     progress.update(step + 1, record)
                 self._checkpoint()
                 if self.stop_asked and self.next_step < self.num_steps:
@@ -124,16 +124,20 @@ class Trainer:
         # Randomness (dropout of adapters) is a function of the step: nothing to save or restore.
         torch.manual_seed(_seed(self.recipe.seed, step))
         totals = self._totals(step, micro)
-        probe = self._is_due(self.recipe.log.probes_every, step)
+        probe = self.schedule.is_probed(step)
         parts.student.set_lr(learning_rate(step, self.num_steps, self.stage, self.recipe.optimizer))
         parts.student.train()
         report, losses = Report(), []
         is_first_epoch = step - self.plan_start < parts.plan.steps_per_epoch  # every sample once
-        for batch, teacher_rows in self._with_teacher(micro):
-            if is_first_epoch and parts.writer and teacher_rows:
+        with_rows = with_teacher_rows(
+            micro, parts.teacher, parts.forward_batches,
+            parts.dataset.encoders.vision_rules[0] or {}, clock, self.device,
+        )  # fmt: skip
+        for batch, rows in with_rows:
+            if is_first_epoch and parts.writer and rows:
                 with clock.phase("cache"):
-                    keep(parts.writer, batch, *teacher_rows)
-            loss, micro_report = parts.student(batch, teacher_rows, totals, probe)
+                    keep(parts.writer, batch, *rows)
+            loss, micro_report = parts.student(batch, rows, totals, probe)
             with clock.phase("backward"):
                 parts.student.backward(loss)
             with clock.phase("optimizer"):
@@ -176,11 +180,8 @@ class Trainer:
         self.stop_asked |= agreed.stop
         self.batch_read = agreed.batch
         share = self._share(step)
-        teacher, student, *more = (
-            max(1.0, rows) / share
-            for rows in (agreed.teacher_rows, agreed.student_rows, *agreed.more_rows)
-        )
-        return Totals(teacher, student, tuple(more))
+        rows = (agreed.teacher_rows, agreed.student_rows)
+        return Totals(*(max(1.0, count) / share for count in rows))
 
     def _enter_in_ledger(self, step: int) -> None:
         """Which samples the step trained on, checked against the plan: none lost, none twice."""
@@ -189,44 +190,17 @@ class Trainer:
             raise RuntimeError(f"step {step + 1}: the ranks read other samples than planned")
         self.ledger.write({"step": step + 1, "batch": f"{planned:x}"})
 
-    def _teacher_rows(self, batch: PairBatch) -> TeacherRows | tuple[TeacherRows, ...] | None:
-        """A tuple only where there are several teachers."""
-        found = []
-        for number, teacher in enumerate(self.parts.teachers):
-            view = batch.seen_by(number).teacher
-            assert view is not None
-            with self.parts.clock.phase("teacher"):
-                found.append(TeacherRows(*teacher(view.inputs, view.rows_A, view.targets_N)))
-        return tuple(found) if len(found) > 1 else next(iter(found), None)
-
-    def _with_teacher(
-        self, micro: list[PairBatch]
-    ) -> Iterator[tuple[PairBatch, TeacherRows | tuple[TeacherRows, ...] | None]]:
-        """The micro-batches with their teacher rows, several of which come from one forward.
-
-        On the device from here on, and no longer than needed: a step's pictures are gigabytes.
-        """
-        source = self.recipe.teacher
-        count = source.forward_batches if source else 1
-        if self.parts.teacher is None or count == 1:
-            for batch in micro:
-                batch = to_device(batch, self.device)
-                yield batch, self._teacher_rows(batch)
-            return
-        rules = self.parts.dataset.encoders.vision_rules[0] or {}
-        for first in range(0, len(micro), count):
-            batches = [to_device(batch, self.device) for batch in micro[first : first + count]]
-            with self.parts.clock.phase("teacher"):
-                joined = join_teacher(batches, rules)
-                rows, targets = self.parts.teacher(*joined[:3])
-                parts = zip(
-                    batches,
-                    rows.split([size for size, _ in joined.sizes]),
-                    targets.split([size for _, size in joined.sizes]),
-                    strict=True,
-                )
-            for batch, inputs_AH, targets_NH in parts:
-                yield batch, TeacherRows(inputs_AH, targets_NH)
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Losses and scores on held-out samples, on the steps that are due. A collective."""
+        scores = {}
+        if self.schedule.is_validated(step):
+            scores |= self.validate()
+        if self.parts.answer and self.schedule.is_answered(step):
+            self.parts.student.train(False)
+            with self.parts.clock.phase("evaluation"):
+                scores |= self.parts.answer()
+        self.parts.clock.take()  # no part of the next step's time
+        return scores
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -238,13 +212,13 @@ class Trainer:
         index = dataset.reader.index
         plan = GivenSamples(np.arange(min(self.recipe.log.validation_samples, len(index))), unit)
         self.parts.student.train(False)
-        totals = Totals(1, 1, (1,) * len(self.parts.more_teachers))
-        report = Report()
+        totals, report = Totals(1, 1), Report()
         for micro in self._micro_batches(dataset, plan, 0, plan.steps_per_epoch):
             self.counts.of(micro)  # names damaged ones; only training counts towards the limit
             for batch in micro:
                 batch = to_device(batch, self.device)
-                _, part = self.parts.student(batch, self._teacher_rows(batch), totals, False)
+                rows = teacher_rows(self.parts.teacher, batch, self.parts.clock)
+                _, part = self.parts.student(batch, rows, totals, False)
                 report = report + part
         return {f"validation/{name}": value for name, value in report.reduce().items()}
 
@@ -257,46 +231,21 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 
-    def _is_logged(self, step: int) -> bool:
-        log = self.recipe.log
-        is_due = self._is_due(log.every, step) or self._is_due(log.probes_every, step)
-        return is_due or step + 1 == self.num_steps
-
-    @staticmethod
-    def _is_due(every: int, step: int) -> bool:
-        return bool(every) and (step + 1) % every == 0
-
-    def _warn(self, warnings: dict[str, str]) -> None:
-        """Each once in a stage."""
-        if dist.is_main():
-            for name in warnings.keys() - self.warned:
-                print(f"{self.stage.name}: warning: {warnings[name]}", file=sys.stderr, flush=True)
-        self.warned |= warnings.keys()
-
-    def _record(
-        self, step: int, micro: list[PairBatch], report: Report, seconds: float
+    def _measure(
+        self,
+        step: int,
+        micro: list[PairBatch],
+        report: Report,
+        phases: dict[str, float],
+        seconds: float,
     ) -> dict[str, Any]:
-        """One step's line; {} on steps that are not logged. A collective on the others."""
-        phases = self.parts.clock.take()
-        log, is_last = self.recipe.log, step + 1 == self.num_steps
-        is_validated = self._is_due(log.validate_every, step) or is_last
-        answer = self.parts.answer
-        is_answered = answer and (self._is_due(log.evaluate_every, step) or is_last)
-        if not (self._is_logged(step) or is_validated or is_answered):
-            return {}
+        """One step's line. A collective: sums and token counts are of all ranks."""
         metrics = report.reduce()
         norm, tokens = self.parts.student.gradient_norm, token_counts(micro)
         watched = {"loss": metrics.get("loss", 0.0), "gradient_norm": norm}
         spikes = self.faults.check_spikes(step, micro, watched)
         warnings = warnings_of(metrics, (step + 1) / self.num_steps)
-        self._warn(warnings)
-        if is_validated:
-            metrics |= self.validate()
-        if answer and is_answered:
-            self.parts.student.train(False)
-            with self.parts.clock.phase("evaluation"):
-                metrics |= answer()
-        self.parts.clock.take()
+        self.warnings.say(warnings)
         return {
             "step": step + 1,
             "samples": (step + 1) * self.parts.plan.global_batch,
@@ -308,13 +257,16 @@ class Trainer:
             "phases": {name: round(value, 4) for name, value in phases.items()},
             "tokens": tokens,
             "tokens_per_second": rates(tokens, phases, seconds),
-            "peak_memory_gib": peak_memory_gib(),
             "batch_share": self._share(step),
-            "left_out": self.counts.state(),
             "skipped": self.faults.skipped,
             "spikes": spikes,
             "warnings": sorted(warnings),
         }
+
+    def _log(self, record: dict[str, Any]) -> None:
+        record |= {"peak_memory_gib": peak_memory_gib(), "left_out": self.counts.state()}
+        self.log.write(record)
+        self.parts.student.log(record["metrics"], record["samples"])
 
     def _checkpoint(self) -> None:
         """Every so many steps, and before stopping."""

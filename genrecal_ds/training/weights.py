@@ -10,10 +10,10 @@ from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.head import load_final_norm
 from genrecal_ds.models.loading import Checkpoint, find_sources
 from genrecal_ds.models.lora import add_adapters
-from genrecal_ds.models.recalibrator import Recalibrator
+from genrecal_ds.models.recalibrator import Recalibrator, unfilled
 from genrecal_ds.models.replica import load_replica
-from genrecal_ds.models.vlm import VLM, TeacherBody, read_config, skeleton
-from genrecal_ds.recipe.config import ModelSource, Recipe
+from genrecal_ds.models.vlm import VLM, TeacherBody, skeleton, text_width
+from genrecal_ds.recipe.config import ModelSource, RecalibratorConfig, Recipe
 from genrecal_ds.recipe.recipe_file import load_ds_config
 from genrecal_ds.training.engine import (
     Teacher,
@@ -49,25 +49,22 @@ def load_student(folder: Path, recipe: Recipe) -> VLM:
     return student
 
 
-def load_teacher(recipe: Recipe, number: int = 0) -> Teacher:
-    """A teacher's frozen body: sharded, in an engine of its own, or whole on every rank.
-
-    number: which of the recipe's teachers, here as below; default the first.
-    """
-    source = recipe.teachers[number]
+def load_teacher(recipe: Recipe) -> Teacher:
+    """The teacher's frozen body: sharded, in an engine of its own, or whole on every rank."""
+    source = recipe.teacher
+    assert source is not None  # a rule of recipe.config.Recipe
     if source.is_sharded:
-        name = recipe.ds_config_of(source)
+        name = recipe.teacher_ds_config
         group = dist.host_group() if source.placement == "zero3_host" else None
         vlm = load_vlm_sharded(source.path, name, recipe.precision, source, group)
-        body = TeacherBody(vlm, source.answer_layer)
-        return TeacherEngine(body, load_ds_config(name), recipe.precision)
+        return TeacherEngine(TeacherBody(vlm), load_ds_config(name), recipe.precision)
     vlm = load_replica(
         source.path, DTYPES[recipe.precision], dist.device(),
         source.placement == "replica_int8", source.pack, source.attention,
     )  # fmt: skip
     if source.compile:
         vlm.compile_blocks()
-    return TeacherReplica(TeacherBody(vlm, source.answer_layer))
+    return TeacherReplica(TeacherBody(vlm))
 
 
 def load_vlm_sharded(
@@ -96,31 +93,12 @@ def load_vlm_sharded(
     return vlm
 
 
-def new_recalibrator(recipe: Recipe, student: VLM, number: int = 0) -> Recalibrator:
-    """A fresh Recalibrator, whole; the engine shards it."""
-    recalibrator = unfilled_recalibrator(recipe, student, DTYPES[recipe.precision], number)
-    check_backend(recipe.recalibrator.attention, dist.device(), DTYPES[recipe.precision])
-    std = getattr(student.text_config, "initializer_range", 0.02)
-    recalibrator.initialize(std, load_final_norm(recipe.teachers[number].path))
-    return recalibrator
-
-
-def unfilled_recalibrator(
-    recipe: Recipe, student: VLM, dtype: torch.dtype, number: int = 0
+def new_recalibrator(
+    config: RecalibratorConfig, student: VLM, teacher: Path, dtype: torch.dtype
 ) -> Recalibrator:
-    """The recipe's, with values that are not meant to be used."""
-    width = teacher_width(recipe, number)
-    chosen = recipe.recalibrator
-    return Recalibrator(
-        student.text_config, width, chosen.depth, dtype, chosen.blocks, chosen.attention,
-        chosen.positions,
-    )  # fmt: skip
-
-
-def recalibrator_folder_of(first: Path, number: int) -> Path:
-    """Where that teacher's lies: those of further ones beside the first one's."""
-    return first.parent / f"{first.name}_{number + 1}" if number else first
-
-
-def teacher_width(recipe: Recipe, number: int = 0) -> int:
-    return read_config(recipe.teachers[number].path).get_text_config().hidden_size
+    """A fresh Recalibrator, whole; the engine shards it. teacher: its folder."""
+    recalibrator = unfilled(config, student.text_config, text_width(teacher), dtype)
+    check_backend(config.attention, dist.device(), dtype)
+    std = getattr(student.text_config, "initializer_range", 0.02)
+    recalibrator.initialize(std, load_final_norm(teacher))
+    return recalibrator

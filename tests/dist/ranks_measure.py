@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from genrecal_ds.objectives import report as metrics
+from genrecal_ds.objectives.base import report as metrics
 from tests.live_bytes import LiveBytes
 
 RANK = int(os.environ["RANK"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.unit.ops.test_next_byte import kl_spelt_out, spelt_out
+from tests.next_byte import kl_spelt_out, spelt_out
 
 
 @dataclass
@@ -21,8 +21,6 @@ class Reference:
     stage: str
     projection: torch.nn.Module | None = None  # of stage dskd
     pieces: tuple[list, list] | None = None  # bytes of the teacher's and the student's tokens
-    answers: str = "teacher"  # whose rows a pass reads, or "embeddings"
-    boundary_weight: float = 1.0
     ce_weight: float = 1.0  # of the student's own
 
     def hidden(self, model: torch.nn.Module, chat) -> torch.Tensor:
@@ -159,62 +157,27 @@ class Reference:
         with torch.set_grad_enabled(self.stage != "align"):
             z_s = self.hidden(self.student, pair.student)
         total = torch.zeros((), dtype=torch.float64)
-        if self.answers != "student":
-            read = z_l
-            if self.answers == "embeddings":
-                read = self.teacher.get_input_embeddings()(pair.teacher.input_ids_T)
-            projected = read @ self.recalibrator.proj_pre.weight.T
-            total = total + self.one_pass(pair, z_l, z_s, pair.student.questions, projected)
-        if self.answers in ("student", "both"):
-            total = total + self.aligned_pass(pair, z_l, z_s)
+        projected = z_l @ self.recalibrator.proj_pre.weight.T
+        total = total + self.one_pass(pair, z_l, z_s, pair.student.questions, projected)
         if self.stage == "align":
-            projected = z_l @ self.recalibrator.proj_pre.weight.T
             total = total + self.one_pass(pair, z_l, projected, pair.teacher.questions, projected)
         return total
 
-    def aligned_pass(self, pair, z_l, z_s) -> torch.Tensor:
-        """The student's answer rows in the places of the teacher's tokens, by what both have read;
-        labels that follow a token which the student's do not meet are left out."""
-        places, labels = z_s.new_zeros(len(z_l), z_s.shape[1]), pair.teacher.input_ids_T.clone()
-        for (s0, s1), (t0, t1) in zip(pair.student.answers, pair.teacher.answers, strict=True):
-            ours, theirs = (
-                [
-                    b"".join(pieces[token] or b"" for token in chat.input_ids_T[first : last + 1])
-                    for last in range(first, end - 1)
-                ]
-                for chat, first, end, pieces in (
-                    (pair.student, s0, s1, self.pieces[1]), (pair.teacher, t0, t1, self.pieces[0]),
-                )
-            )  # fmt: skip
-            for place, read in enumerate(theirs):
-                known = [j for j, text in enumerate(ours) if len(text.strip()) <= len(read.strip())]
-                row = known[-1] if known else -1
-                places[t0 + place] = z_s[s0 + row]
-                if not known or ours[row].strip() != read.strip():
-                    labels[t0 + place + 1] = -100
-            places[t1 - 1] = z_s[s1 - 1]
-        return self.one_pass(pair, z_l, z_s, pair.student.questions, places, labels)
-
-    def one_pass(self, pair, z_l, question_rows, questions, answer_rows, ids=None) -> torch.Tensor:
+    def one_pass(self, pair, z_l, question_rows, questions, answer_rows) -> torch.Tensor:
         """q1 a1 .. qK aK through the blocks; CE + KL on the rows that predict the answers."""
         chat, parts, wanted, labels, targets, length = pair.teacher, [], [], [], [], 0
-        ids = chat.input_ids_T if ids is None else ids
-        weights = []
         for (q0, q1), (a0, a1) in zip(questions, chat.answers, strict=True):
             parts += [question_rows[q0:q1], answer_rows[a0:a1]]
             length += q1 - q0
             wanted += range(length - 1, length + a1 - a0 - 1)
             length += a1 - a0
-            labels.append(ids[a0:a1])
+            labels.append(chat.input_ids_T[a0:a1])
             targets.append(z_l[a0 - 1 : a1 - 1])
-            weights += [self.boundary_weight] + [1.0] * (a1 - a0 - 1)
         hidden = self.recalibrator.blocks(inputs_embeds=torch.cat(parts)[None], use_cache=False)
         r = self.recalibrator.proj_post(hidden.last_hidden_state[0])[wanted]
         norm = self.recalibrator.norm
         r = r * torch.rsqrt(r.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
         log_q = self.teacher.lm_head(r).log_softmax(-1)
         log_p = self.teacher.lm_head(torch.cat(targets)).log_softmax(-1)
-        labels = torch.cat(labels)
-        ce = cross_entropy(log_q, labels, reduction="none", ignore_index=-100)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1) * (labels != -100)
-        return ((ce + kl) * torch.tensor(weights, dtype=torch.float64)).sum()
+        ce = cross_entropy(log_q, torch.cat(labels), reduction="sum")
+        return ce + (log_p.exp() * (log_p - log_q)).sum()

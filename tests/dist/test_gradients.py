@@ -25,20 +25,15 @@ pytestmark = pytest.mark.dist
 STAGES = {
     "logit_kd": {"losses": {"divergence": "reverse_kl"}},
     "mot": {"losses": {"kl": 0.15}},
-    "student's rows": {"kind": "distill", "answers": {"rows": "student"}},
-    "both rows": {"kind": "distill", "answers": {"rows": "both"}},
-    "embeddings": {"kind": "distill", "answers": {"embeddings": 1.0}},
     "byte_kd alone": {"kind": "byte_kd", "losses": {"student_ce": 0.0}},
-    "boundary": {"kind": "distill", "losses": {"boundary_weight": 3.0}},
 }
 
 
-def recipe_for(folder, pair, shards, student, kind, head, teacher_keys, student_keys, **tree):
+def recipe_for(folder, pair, shards, student, kind, teacher_keys, student_keys, **tree):
     return write_recipe(
         folder / "recipe.yaml",
         run_dir=str(folder / "run"), precision="fp32",
         teacher={"path": str(pair / "teacher_init"), "max_length": 128, **teacher_keys},
-        teacher_head=head,
         student={"path": str(pair / student), "max_length": 128, **student_keys},
         data={"train": str(shards / "train")},
         batch={"global_batch": 8, "micro_batch": 2},
@@ -69,14 +64,11 @@ def pieces_of(tokenizer):
 
 
 def reference_gradients(recipe_path, result):
-    """The second step's gradients from the weights the ranks had before it.
-
-    With several teachers the loss is the weighted sum of what it is with each of them alone.
-    """
+    """The second step's gradients from the weights the ranks had before it."""
     recipe = load_recipe(recipe_path)
     stage = recipe.stages[0]
     inputs = open_inputs(recipe)
-    encoders = inputs.encoders[stage.needs_teacher]
+    encoders = inputs.encoders[stage.facts.has_teacher]
     index = ShardIndex.load(recipe.data.train)
     reader = ShardReader(index)
     slots = [s for micro in steps_of(index)[1] for s in micro if s != PADDING]
@@ -90,30 +82,22 @@ def reference_gradients(recipe_path, result):
 
     load = AutoModelForImageTextToText.from_pretrained
     student = load(recipe.student.path, dtype=torch.float64).requires_grad_(False)
-    parameters = {}
-    for number, source in enumerate(recipe.teachers):
-        teacher = load(source.path, dtype=torch.float64).requires_grad_(False)
-        part = f"parts.{number}." if recipe.more_teachers else ""
-        reference, own = reference_of(stage, teacher, student, encoders, number, part, result)
-        parameters |= own
-        seen = [pair.seen_by(number) for pair in pairs]
-        (recipe.teacher_shares[number] * reference.loss(seen)).backward()
-    # Proj-pre reads nothing in a pass of the student's rows alone.
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+    teacher = load(recipe.teacher.path, dtype=torch.float64).requires_grad_(False)
+    reference, parameters = reference_of(stage, teacher, student, encoders, result)
+    reference.loss(pairs).backward()
+    return {name: parameter.grad for name, parameter in parameters.items()}
 
 
-def reference_of(stage, teacher, student, encoders, number, part, result):
-    """(the loss beside this teacher, what trains by its name), with the ranks' weights."""
-    kind, recalibrator = stage.kind, None
-    if kind in ("align", "distill"):
-        width = teacher.config.get_text_config().hidden_size
-        recalibrator = Recalibrator(student.config.get_text_config(), width).double()
-    projection = None
-    if kind == "dskd":
-        widths = [m.config.get_text_config().hidden_size for m in (student, teacher)]
+def reference_of(stage, teacher, student, encoders, result):
+    """(the loss, what trains by its name), with the ranks' weights."""
+    recalibrator = projection = None
+    widths = [m.config.get_text_config().hidden_size for m in (student, teacher)]
+    if stage.kind in ("align", "distill"):
+        recalibrator = Recalibrator(student.config.get_text_config(), widths[1]).double()
+    if stage.kind == "dskd":
         projection = torch.nn.Linear(*widths, bias=False, dtype=torch.float64)
     modules = {
-        "student.model.": student, f"{part}recalibrator.": recalibrator, "projection.": projection
+        "student.model.": student, "recalibrator.": recalibrator, "projection.": projection
     }  # fmt: skip
     parameters = {}
     for prefix, module in modules.items():
@@ -124,15 +108,10 @@ def reference_of(stage, teacher, student, encoders, number, part, result):
             if parameter.requires_grad:
                 parameters[prefix + name] = parameter
     pieces = None
-    if stage.needs_alignment:
-        sides = encoders.teachers[number], encoders.student
-        pieces = [pieces_of(encoder.tokenizer) for encoder in sides]
-    answers = "embeddings" if stage.answers.embeddings else stage.answers.rows
-    reference = Reference(
-        teacher, student, recalibrator, kind, projection, pieces, answers,
-        stage.losses.boundary_weight,
-        stage.losses.student_ce,
-    )  # fmt: skip
+    if stage.kind == "byte_kd":
+        pieces = [pieces_of(e.tokenizer) for e in (encoders.teacher, encoders.student)]
+    ce_weight = stage.losses.student_ce
+    reference = Reference(teacher, student, recalibrator, stage.kind, projection, pieces, ce_weight)
     return reference, parameters
 
 
@@ -152,32 +131,28 @@ LEAN = {"pack": True, "gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize(
-    "kind, student, head, teacher_keys, student_keys",
-    [("align", "student_init", "replicated", {}, {}),
-     ("align", "student_init", "vocab_parallel", PACK, PACK),
-     ("distill", "student_init", "replicated", {}, {}),
-     ("distill", "student_untied", "gathered", {"placement": "replica"}, LEAN),
-     ("sft", "student_init", "replicated", {}, LEAN),
-     ("sft", "student_untied", "replicated", {}, {}),
-     ("uld", "student_init", "replicated", {}, LEAN),
-     ("logit_kd", "twin", "replicated", {}, {}),
-     ("mot", "student_init", "replicated", {}, LEAN),
-     ("dskd", "student_untied", "vocab_parallel", {}, {}),
-     ("byte_kd", "student_init", "replicated", {}, LEAN),
-     ("byte_kd alone", "student_untied", "replicated", {"placement": "replica"}, {}),
-     ("student's rows", "student_init", "replicated", {}, LEAN),
-     ("both rows", "student_untied", "vocab_parallel", PACK, {}),
-     ("embeddings", "student_init", "gathered", {}, {}),
-     ("boundary", "student_init", "vocab_parallel", {}, {})],
+    "kind, student, teacher_keys, student_keys",
+    [("align", "student_init", {}, {}),
+     ("align", "student_init", PACK, PACK),
+     ("distill", "student_init", {}, {}),
+     ("distill", "student_untied", {"placement": "replica"}, LEAN),
+     ("sft", "student_init", {}, LEAN),
+     ("sft", "student_untied", {}, {}),
+     ("uld", "student_init", {}, LEAN),
+     ("logit_kd", "twin", {}, {}),
+     ("mot", "student_init", {}, LEAN),
+     ("dskd", "student_untied", {}, {}),
+     ("byte_kd", "student_init", {}, LEAN),
+     ("byte_kd alone", "student_untied", {"placement": "replica"}, {})],
 )  # fmt: skip
 def test_gradients_equal_plain_torch(
-    tmp_path, pair, shards, kind, student, head, teacher_keys, student_keys
+    tmp_path, pair, shards, kind, student, teacher_keys, student_keys
 ):
     if student == "twin":  # a smaller model with the teacher's tokenizer
         pair_folder, pair = pair / "teacher_init", tmp_path
         shutil.copytree(pair_folder, tmp_path / "teacher_init")
         build_teacher(texts_of_digits(), pair / "twin", width=64, layers=2)
-    recipe = recipe_for(tmp_path, pair, shards, student, kind, head, teacher_keys, student_keys)
+    recipe = recipe_for(tmp_path, pair, shards, student, kind, teacher_keys, student_keys)
     run_ranks(ROOT / "tests/dist/ranks_gradients.py", [recipe, "tested", tmp_path / "result.pt"])
     result = torch.load(tmp_path / "result.pt")
     check_gradients(recipe, result)

@@ -28,7 +28,6 @@ class Agreed(NamedTuple):
     sample_counts: list[float]
     stop: bool
     batch: int  # digest of the samples that the ranks read
-    more_rows: tuple[float, ...] = ()  # as teacher_rows, of further teachers
 
 
 class CallMismatch(RuntimeError):
@@ -45,10 +44,6 @@ def agree(
     schedule = calls(micro)
     code = zlib.crc32(f"{step} {schedule}".encode()) >> (32 - _SCHEDULE_BITS)
     ids = [sample for batch in micro for sample in batch.sample_ids]
-    more_rows = [
-        sum(view.num_teacher_rows for view in views)
-        for views in zip(*(batch.more for batch in micro), strict=True)
-    ]
     numbers = [
         sum(batch.num_teacher_rows for batch in micro),
         sum(batch.num_student_rows for batch in micro),
@@ -56,26 +51,20 @@ def agree(
         batch_digest(ids),
         code,
         code * code,
-        *more_rows,
         *sample_counts,
     ]
     flat = dist.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=dist.device()))
-    teacher, student, stop, digest, codes, squares, *rest = flat.tolist()
-    more, counts = rest[: len(more_rows)], rest[len(more_rows) :]
+    teacher, student, stop, digest, codes, squares, *counts = flat.tolist()
     # Equal codes, and only those, make the mean of squares the square of the mean.
     if squares * dist.world_size() != codes * codes:
         raise CallMismatch(_differences(step, schedule))
-    return Agreed(teacher, student, counts, stop > 0, int(digest), tuple(more))
+    return Agreed(teacher, student, counts, stop > 0, int(digest))
 
 
 def calls(micro: Sequence[PairBatch]) -> str:
     """The modules that a rank's micro-batches will call, as a readable line."""
     sides = (
-        ">".join(
-            _inputs(side.inputs)
-            for side in (batch.teacher, *(view.teacher for view in batch.more), batch.student)
-            if side
-        )
+        ">".join(_inputs(side.inputs) for side in (batch.teacher, batch.student) if side)
         for batch in micro
     )
     return f"{len(micro)} micro-batches: " + ", ".join(sides)

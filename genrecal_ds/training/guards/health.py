@@ -13,24 +13,9 @@ AGREES = 0.5  # share of other rows whose likeliest token is the teacher's
 
 
 def warnings_of(metrics: Mapping[str, float], progress: float) -> dict[str, str]:
-    """{name: sentence} of the signs that are bad; progress: share of the stage that is done.
-
-    Of further teachers too (objectives/several_teachers.py), under their prefixes.
-    """
+    """{name: sentence} of the signs that are bad; progress: share of the stage that is done."""
     if progress < SETTLED:
         return {}
-    found = _bad_signs(metrics)
-    of_others: dict[str, dict[str, float]] = {}
-    for name, value in metrics.items():
-        teacher, _, rest = name.partition("/")
-        if teacher.removeprefix("teacher").isdigit():
-            of_others.setdefault(teacher, {})[rest] = value
-    for teacher, own in of_others.items():
-        found |= {f"{teacher}: {sign}": f"{teacher}: {s}" for sign, s in _bad_signs(own).items()}
-    return found
-
-
-def _bad_signs(metrics: Mapping[str, float]) -> dict[str, str]:
     found = {}
     shuffled, true = metrics.get("probe/kl_shuffled_boundary"), metrics.get("kl_boundary")
     if shuffled is not None and true is not None and shuffled < LISTENS * true:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from genrecal_ds.data.batch import IGNORE, Alignment, collate, collate_vision
-from genrecal_ds.data.byte_matching import Aligner
+from genrecal_ds.data.batch import IGNORE, collate, collate_vision
+from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.pair import EncodedChat, Pair, Unusable, encode_pair
 
 pytestmark = pytest.mark.unit
@@ -64,29 +64,15 @@ def test_regular_pass_shares_answer_rows_and_loss_rows():
 PIECES = {13: b"a", 14: b"b", 17: b"xyz", 1: None, 22: b"ab", 26: b"x", 27: b"y", 28: b"z", 2: None}
 
 
-def test_the_aligned_pass_reads_the_students_rows_at_the_teachers_ends():
-    alignment = Alignment(Aligner(PIECES, PIECES), "student")
-    teacher = collate([PAIR], PLACEHOLDER, RULES, False, alignment).teacher
-    # the student has read nothing at the end of "a": its question's last row stands there
-    assert teacher.packing.source_P.tolist() == [0, 1, 1, 2, 3, 4, 5, 6, 9, 10]
-    assert teacher.packing.own_position_ids_P.tolist() == [0, 1, 1, 2, 3, 4, 5, 6, 9, 10]
-    assert teacher.packing.loss_rows.tolist() == [1, 2, 3, 7, 8]
-    assert teacher.exact_N.tolist() == [True, False, True, True, True]  # "b" follows "a" unread
-    both = collate([PAIR], PLACEHOLDER, RULES, True, alignment._replace(answers="both")).teacher
-    mixed = collate([PAIR], PLACEHOLDER, RULES, True).teacher.packing.source_P
-    expected = [*mixed[:10], *teacher.packing.source_P, *mixed[10:]]
-    assert both.packing.source_P.tolist() == [int(row) for row in expected]
-
-
 def test_shared_bytes_count_rows_over_all_turns_and_leave_placeholders_out():
-    alignment = Alignment(Aligner({**PIECES, 10: None}, PIECES), next_bytes=True)
-    shared = collate([PAIR], PLACEHOLDER, RULES, False, alignment).shared_bytes
+    matcher = ByteMatcher({**PIECES, 10: None}, PIECES)
+    shared = collate([PAIR], PLACEHOLDER, RULES, False, matcher).shared_bytes
     # a b end | x y z end: rows 0 to 5 of the student, 0 to 4 of the teacher
     assert shared.student_I.tolist() == [0, 0, 1, 2, 3, 4, 5]
     assert shared.student_depth_I.tolist() == [0, 1, 0, 0, 0, 0, 0]
     assert shared.teacher_I.tolist() == [0, 1, 2, 3, 3, 3, 4]
     assert shared.teacher_depth_I.tolist() == [0, 0, 0, 0, 1, 2, 0]
-    nothing = collate([], PLACEHOLDER, RULES, False, alignment).shared_bytes
+    nothing = collate([], PLACEHOLDER, RULES, False, matcher).shared_bytes
     assert [len(part) for part in nothing] == [0, 0, 0, 0]
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrecal_ds.data.byte_matching import Aligner, align_bytes, align_rows
+from genrecal_ds.data.byte_matching import ByteMatcher, match_bytes
 from genrecal_ds.data.pair import Pair
 from tests.unit.data.test_batch import chat
 
@@ -42,28 +42,9 @@ def read(pieces, count):
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(turns())
-def test_rows_are_monotone_exact_where_both_end_and_never_ahead(turn):
-    teacher, student = turn
-    rows = align_rows(teacher, student)
-    assert len(rows.student_n) == len(rows.is_exact_n) == len(teacher)  # every token is covered
-    assert (np.diff(rows.student_n) >= 0).all()
-    for i, (j, is_exact) in enumerate(zip(rows.student_n, rows.is_exact_n, strict=True)):
-        if i == len(teacher) - 1:
-            assert j == len(student) - 1 and is_exact
-            continue
-        assert -1 <= j < len(student) - 1
-        theirs, ours = read(teacher, i + 1), read(student, j + 1)
-        assert theirs.startswith(ours)  # it has read nothing that the teacher's has not
-        assert is_exact == (theirs == ours)
-        ends = {read(student, k) for k in range(len(student))}
-        assert is_exact == (theirs in ends)  # and exactly where any student's token ends there
-
-
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(turns())
 def test_next_bytes_are_the_same_byte_behind_the_same_text(turn):
     teacher, student = turn
-    found = align_bytes(teacher, student)
+    found = match_bytes(teacher, student)
     said = []
     for j, b, i, a in zip(*map(list, found), strict=True):
         if (j, i) == (len(student) - 1, len(teacher) - 1):
@@ -87,34 +68,32 @@ def test_next_bytes_are_the_same_byte_behind_the_same_text(turn):
 def test_a_side_that_normalises_shares_the_boundaries_around_what_it_changed(text, form):
     changed = text.lower() if form == "lower" else unicodedata.normalize(form, text)
     by_character = [[c.encode() for c in side] + [None] for side in (text, changed)]
-    rows = align_rows(*by_character)
-    assert (np.diff(rows.student_n) >= 0).all() and rows.is_exact_n[-1]
-    for i in np.flatnonzero(rows.is_exact_n[:-1]):
-        ours, theirs = changed[: rows.student_n[i] + 1], text[: i + 1]
-        same = [
-            unicodedata.normalize("NFKD", part.lstrip(" ")).casefold() for part in (ours, theirs)
-        ]
-        assert same[0] == same[1]
+    found = match_bytes(*by_character)
+    assert (np.diff(found.student_I) >= 0).all() and (np.diff(found.teacher_I) >= 0).all()
+    ends = zip(
+        found.student_I, found.student_depth_I, found.teacher_I, found.teacher_depth_I, strict=True
+    )
+    for ours, depth, theirs, teacher_depth in list(ends)[:-1]:
+        if depth == teacher_depth == 0:  # between characters: inside one only bytes are compared
+            same = [
+                unicodedata.normalize("NFKD", part.lstrip(" ")).casefold()
+                for part in (changed[:ours], text[:theirs])
+            ]
+            assert same[0] == same[1]
 
 
 def test_what_one_vocabulary_lacks_is_left_out_and_the_rest_is_not():
     teacher = [b"ab", "\u4e2d".encode(), b"cd", None]
     student = [b"a", b"b", None, b"c", b"d", None]  # <unk> for the character
-    # Nobody can say whether the student's boundary behind "ab" has the character behind it or not.
-    rows = align_rows(teacher, student)
-    assert rows.student_n.tolist() == [0, 0, 4, 5]
-    assert rows.is_exact_n.tolist() == [False, False, True, True]
-    found = align_bytes(teacher, student)
+    # The student's boundary behind "ab" may stand before the character or behind it.
+    found = match_bytes(teacher, student)
     assert found.student_I.tolist() == [0, 1, 4, 5] and found.teacher_I.tolist() == [0, 0, 2, 3]
 
 
 def test_bytes_of_one_character_in_tokens_of_their_own():
     character = "\U0001f600".encode()
     teacher = [bytes([byte]) for byte in character] + [None]
-    rows = align_rows(teacher, [character, None])
-    assert rows.student_n.tolist() == [-1, -1, -1, 0, 1]
-    assert rows.is_exact_n.tolist() == [False, False, False, True, True]
-    found = align_bytes(teacher, [character, None])
+    found = match_bytes(teacher, [character, None])
     assert found.student_depth_I.tolist() == [0, 1, 2, 3, 0]
     assert found.teacher_I.tolist() == [0, 1, 2, 3, 4]
 
@@ -135,10 +114,6 @@ def test_turns_of_a_pair_go_by_their_vocabularies():
         chat([10, 13, 14, 1, 10, 15, 1], [(1, 4), (5, 7)]),
         chat([20, 22, 23, 2, 20, 22, 23, 2], [(1, 4), (5, 8)]),
     )
-    aligner = Aligner(pieces, pieces)
-    first, second = aligner.rows(pair)
-    assert first.student_n.tolist() == [0, 1, 2] and first.is_exact_n.all()
-    assert second.student_n.tolist() == [1, 2] and second.is_exact_n.all()
-    first, second = aligner.next_bytes(pair)
+    first, second = ByteMatcher(pieces, pieces).next_bytes(pair)
     assert first.teacher_depth_I.tolist() == [1, 0, 0]  # behind the blank of its first token
     assert second.teacher_depth_I.tolist() == [0, 1, 0]

@@ -13,16 +13,15 @@ from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.estimate import flops
 from genrecal_ds.estimate.sizes import load_of
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
-from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.base import TeacherRows, Totals
 from genrecal_ds.objectives.report import Clock
 from genrecal_ds.ops.head_loss import chunked
 from genrecal_ds.ops.head_loss.epilogue import softmax_epilogue_
 from genrecal_ds.recipe.recipe_file import load_recipe
 from genrecal_ds.training.inputs import open_inputs
-from genrecal_ds.training.objective import alignment_of, build_objective
-from genrecal_ds.training.stages import freeze
+from genrecal_ds.training.objective import build_objective, byte_matcher
 from tests.fixtures import recipe_tree, write_recipe
 
 pytestmark = pytest.mark.unit
@@ -34,10 +33,7 @@ STAGES = {
     "align": {"kind": "align"},
     "align without a regular pass": {"kind": "align", "losses": {"regularizer": "none"}},
     "align by mse": {"kind": "align", "losses": {"regularizer": "mse"}},
-    "align with both rows": {"kind": "align", "answers": {"rows": "both"}},
     "distill": {"kind": "distill"},
-    "distill its own rows": {"kind": "distill", "answers": {"rows": "student"}},
-    "distill both rows": {"kind": "distill", "answers": {"rows": "both"}},
     "distill without labels": {"kind": "distill", "losses": {"student_ce": 0}},
     "uld": {"kind": "uld"},
     "uld without labels": {"kind": "uld", "losses": {"student_ce": 0}},
@@ -66,7 +62,7 @@ class CountingClock(Clock):
 class SeenHead(NamedTuple):
     """A frozen head whose products a counter sees: none sees inside a registered op."""
 
-    of: ReplicatedHead
+    of: FrozenHead
 
     def loss(self, rows, targets, labels, ce_weights, kl_weights):
         arguments = (rows, targets, labels, self.of.head, ce_weights, kl_weights)
@@ -82,21 +78,21 @@ def test_products_with_the_heads(name, tmp_path, pair, shards):
         tree["teacher"] = {"path": str(pair / "student_untied"), "max_length": 128}
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", **tree))
     (stage,) = recipe.stages
-    encoders = open_inputs(recipe).encoders[stage.needs_teacher]
-    alignment = alignment_of(stage, encoders)
+    encoders = open_inputs(recipe).encoders[stage.facts.has_teacher]
+    matcher = byte_matcher(stage, encoders)
     student = load_vlm(recipe.student.path)
-    freeze(student, stage)
+    student.train_only(stage.trained_components)
     clock = CountingClock()
-    objective = build_objective(recipe, stage, student, None, encoders, clock, alignment)
-    if stage.has_recalibrator or stage.kind == "dskd":
+    objective = build_objective(recipe, stage, student, None, encoders, clock, matcher)
+    if stage.facts.has_recalibrator or stage.facts.projects:
         objective.teacher_head = SeenHead(objective.teacher_head)
     reader = ShardReader(ShardIndex.load(shards / "train"))
     samples = [reader.read(i) for i in range(8)]
     pairs = [encoders.encode(s.messages, s.images) for s in samples]
-    with_regular = stage.kind == "align" and stage.losses.regularizer != "none"
-    batch = collate(pairs, encoders.placeholder(), encoders.vision_rules, with_regular, alignment)
+    rules = encoders.vision_rules
+    batch = collate(pairs, encoders.placeholder(), rules, stage.has_regular, matcher)
     rows, student_rows = None, len(batch.student.rows_M)
-    if stage.needs_teacher:
+    if stage.facts.has_teacher:
         with torch.no_grad():
             teacher = TeacherBody(load_vlm(recipe.teacher.path))
             read = (batch.teacher.inputs, batch.teacher.rows_A, batch.teacher.targets_N)
@@ -105,15 +101,15 @@ def test_products_with_the_heads(name, tmp_path, pair, shards):
 
     load = load_of(recipe, stage, gpus=1, per_host=1)
     expected = flops.student_products(load) * flops.head_product(load.student, student_rows)
-    if stage.needs_teacher:
+    if stage.facts.has_teacher:
         # GenRecal and MoT read the teacher's rows as they are, others the one beside
         # each of ours.
         read_rows = student_rows
-        if stage.has_recalibrator or stage.kind == "mot":
+        if stage.facts.has_recalibrator or stage.facts.takes_whole_conversations:
             read_rows = len(batch.teacher.labels_N)
-        elif stage.kind == "byte_kd":  # rows of the boundaries that are shared
+        elif stage.facts.matches_bytes:  # rows of the boundaries that are shared
             read_rows = len(batch.shared_bytes.teacher_I.unique())
         expected += flops.teacher_products(load) * flops.head_product(load.teacher, read_rows)
-    if stage.kind == "dskd":
+    if stage.facts.projects:
         expected += 2 * load.recalibrator * student_rows
     assert clock.head == expected

@@ -11,6 +11,7 @@ A block holds q, k, v with biases, o, three MLP matrices and two norms:
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ from genrecal_ds.estimate.memory import (
     estimate,
     gathered,
 )
+from genrecal_ds.recipe.kinds import KINDS
 from genrecal_ds.recipe.recipe_file import load_ds_config
 
 pytestmark = pytest.mark.unit
@@ -61,7 +63,7 @@ LAYERS = 28 * 233_057_792 + 3_584  # what distill trains of the student, its nor
 
 def load(**changes) -> Load:
     facts = {
-        "gpus": 128, "per_host": 8, "width": 2, "micro_batch": 1,
+        "gpus": 128, "per_host": 8, "width": 2, "micro_batch": 1, "kind": KINDS["distill"],
         "student": SMALL, "student_tokens": 2048,
         "student_zero": Zero.of(load_ds_config("student_zero3")),
         "trained": LAYERS + RECALIBRATOR, "trains_student": True,
@@ -112,38 +114,34 @@ def test_placements_of_the_teacher():
 
 def test_the_frozen_head():
     assert parts()["teacher's head"] == 2_491_416_576  # 2 * 152,064 * 8,192
-    assert parts(head="vocab_parallel")["teacher's head"] == 19_464_192  # / 128
-    assert parts(head="gathered")["teacher's head"] == 19_464_192 + 2_491_416_576
 
 
 def test_a_chunk_of_logits():
     # one pass: 152,064 (4 * 2 + 2) bytes a row, 1,024 rows; two: 152,064 (4 * 3 + 4), 640 rows
     assert parts()["loss: logits of a chunk"] == 1024 * 1_520_640
-    regular = parts(passes=2, has_regular=True)
+    regular = parts(kind=KINDS["align"], has_regular=True)
     assert regular["loss: logits of a chunk"] == 640 * 2_433_024
-    apart = parts(passes=2, head_calls=2)  # of other labels: one pass in each call
-    assert apart["loss: logits of a chunk"] == 1024 * 1_520_640
     # through the student's head alone: 152,064 (4 + 2), 1,664 of 2,048 rows, and dW
-    own = {"recalibrator": 0, "depth": 0, "trains_head": True, "student_ce": "trains"}
-    alone = parts(**own, teacher=None, teacher_tokens=0)
+    own = {"recalibrator": 0, "depth": 0, "trains_head": True}
+    alone = parts(**own, kind=KINDS["sft"], teacher=None, teacher_tokens=0)
     assert alone["loss: logits of a chunk"] == 1664 * 912_384 + 4 * 544_997_376
     # a distance at the student's head: 16 fp32 matrices of 128 rows; labels and it have a dW each
-    own |= {"distance": "chunks", "distance_matrices": 16, "student_tokens": 128}
+    own |= {"kind": replace(KINDS["uld"], head_matrices=16), "student_tokens": 128}
     both = parts(**own)
     assert both["loss: logits of a chunk"] == 128 * 64 * 152_064 + 2 * 4 * 544_997_376
-    own["student_ce"] = "measured"
+    own["ce_trains"] = False
     one = 4 * 544_997_376
     assert parts(**own)["loss: logits of a chunk"] == 128 * 64 * 152_064 + one
-    eight = parts(**own | {"distance_matrices": 8})
+    eight = parts(**own | {"kind": replace(KINDS["uld"], head_matrices=8)})
     assert eight["loss: logits of a chunk"] == 128 * 32 * 152_064 + one
     # by conversations no budget holds
-    own |= {"distance": "conversations", "distance_matrices": 7, "student_tokens": 2048}
+    own |= {"kind": replace(KINDS["mot"], head_matrices=7), "student_tokens": 2048}
     whole = parts(**own, micro_batch=4)
     assert whole["loss: logits of a chunk"] == 2048 * 28 * 152_064 + one
 
 
 def test_a_baseline_has_no_recalibrator():
-    found = parts(recalibrator=8192 * 3584, depth=0, distance="projected")
+    found = parts(kind=KINDS["dskd"], recalibrator=8192 * 3584, depth=0)
     assert "Recalibrator: activations" not in found
     assert found["projected rows"] == 3 * 2048 * 2 * 8192
     assert found["teacher's rows"] == parts()["teacher's rows"]

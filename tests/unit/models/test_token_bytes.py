@@ -1,4 +1,4 @@
-"""The bytes of tokens, for every kind of tokenizer; alignment of two against their offsets."""
+"""The bytes of tokens, for every kind of tokenizer; matches of two against their offsets."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from genrecal_ds.data.byte_matching import align_bytes, align_rows
+from genrecal_ds.data.byte_matching import match_bytes
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.processors import load_tokenizer
 from genrecal_ds.models.token_bytes import token_bytes
@@ -66,7 +66,7 @@ def ends_of(tokenizer, text):
 
 
 @pytest.mark.parametrize("kinds", list(itertools.permutations(KINDS, 2)))
-def test_alignment_meets_where_the_offsets_do(tokenizers, kinds):
+def test_matches_meet_where_the_offsets_do(tokenizers, kinds):
     """By the tokenizers' own character offsets: nothing of ours."""
     (teacher, theirs), (student, ours) = (tokenizers[kind] for kind in kinds)
     met = 0
@@ -75,18 +75,19 @@ def test_alignment_meets_where_the_offsets_do(tokenizers, kinds):
         if teacher.unk_token_id in ids[0] or student.unk_token_id in ids[1]:
             continue
         sides = [[p[t] for t in i] + [None] for p, i in zip((theirs, ours), ids, strict=True)]
-        rows = align_rows(*sides)
+        matched = match_bytes(*sides)
+        starts = (matched.teacher_depth_I == 0) & (matched.student_depth_I == 0)
+        both_start = dict(zip(matched.teacher_I[starts], matched.student_I[starts], strict=True))
         (ends, inside), (own_ends, own_inside) = (ends_of(t, text) for t in (teacher, student))
         whole = {end for end, part in zip(own_ends, own_inside, strict=True) if not part}
-        for i, end in enumerate(ends):
-            if not inside[i] and rows.student_n[i] >= 0:
-                assert rows.is_exact_n[i] == (end in whole), (text, i)
-                row = rows.student_n[i]
-                assert own_ends[row] <= end
-                met += bool(rows.is_exact_n[i])
-        found = align_bytes(*sides)
-        assert len(found.student_I) == len(text.encode()) + 1  # every byte, and the end
-        assert (np.diff(found.teacher_I) >= 0).all()
+        for i, end in enumerate(ends[:-1]):
+            if not inside[i] and end >= own_ends[0]:
+                assert (i + 1 in both_start) == (end in whole), (text, i)
+                if end in whole:
+                    assert own_ends[both_start[i + 1] - 1] == end
+                    met += 1
+        assert len(matched.student_I) == len(text.encode()) + 1  # every byte, and the end
+        assert (np.diff(matched.teacher_I) >= 0).all()
     assert met > 100
 
 

@@ -14,10 +14,10 @@ from genrecal_ds.data.reader import Sample
 from genrecal_ds.evaluate.generate import Generator
 from genrecal_ds.export import write_student
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_final_norm, load_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_final_norm, load_frozen_head
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
-from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.base import TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
 from genrecal_ds.recipe.stage_config import LossConfig
 from tests.unit.models.test_vlm_every_family import most_turns, reads_images, samples
@@ -53,7 +53,7 @@ def stage(teacher: Path, student: Path, trains_student: bool, pack: bool = False
     model.train_only(("layers", "norm") if trains_student else ())
     recalibrator = Recalibrator(model.text_config, rows.inputs_AH.shape[1])
     recalibrator.initialize(0.1, load_final_norm(teacher))
-    head = ReplicatedHead(load_frozen_head(teacher, torch.float32, CPU))
+    head = FrozenHead(load_frozen_head(teacher, torch.float32, CPU))
     objective = GenRecal(model, recalibrator, head, LossConfig(), trains_student).train()
     return Stage(objective, batch, rows)
 

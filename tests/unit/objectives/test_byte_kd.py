@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from genrecal_ds.data.batch import Alignment, collate
-from genrecal_ds.data.byte_matching import Aligner
-from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
-from genrecal_ds.models.vlm import load_vlm
-from genrecal_ds.objectives import Totals
-from genrecal_ds.objectives.byte_kd import ByteKD
+from genrecal_ds.data.batch import collate
+from genrecal_ds.data.byte_matching import ByteMatcher
+from genrecal_ds.models.token_bytes import token_bytes
+from genrecal_ds.objectives.base import Totals
+from genrecal_ds.objectives.byte_kd import build
 from genrecal_ds.objectives.report import Report
 from genrecal_ds.recipe.stage_config import LossConfig
 from tests.unit.objectives.test_genrecal import Setting
@@ -21,21 +20,14 @@ class Bytes(Setting):
     def __init__(self, pair, shards):
         super().__init__(pair, shards)
         sides = self.encoders.teacher, self.encoders.student
-        self.aligner = Aligner(*(token_bytes(side.tokenizer, side.folder) for side in sides))
-        student = load_vlm(self.student_folder)
-        columns = len(self.head.head.weight_VH), student.head.out_features
-        pieces = self.aligner.teacher, self.aligner.student
-        tables = tuple(
-            byte_vocabulary(of, side.end_of_turn, size, torch.device("cpu"))
-            for of, side, size in zip(pieces, sides, columns, strict=True)
-        )
-        self.objective = ByteKD(student, self.head, tables, LossConfig(student_ce=0.0))
+        pieces = (token_bytes(side.tokenizer, side.folder) for side in sides)
+        self.matcher = ByteMatcher(*pieces)
+        parts = self.parts("byte_kd", LossConfig(student_ce=0.0), matcher=self.matcher)
+        self.objective = build(parts)
 
-    def aligned(self):
+    def matched(self):
         placeholder, rules = self.encoders.placeholder(), self.encoders.vision_rules
-        return collate(
-            self.pairs, placeholder, rules, False, Alignment(self.aligner, "teacher", True)
-        )
+        return collate(self.pairs, placeholder, rules, False, self.matcher)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def setting(pair, shards):
 
 
 def test_the_probe_splits_the_gradient_and_leaves_none(setting):
-    batch, objective = setting.aligned(), setting.objective
+    batch, objective = setting.matched(), setting.objective
     objective.zero_grad()
     rows = setting.rows(batch)
     _, report = objective(batch, rows, Totals(1.0, 1.0), True)
@@ -61,7 +53,7 @@ def test_the_probe_splits_the_gradient_and_leaves_none(setting):
 
 
 def test_a_batch_that_shares_nothing_still_has_a_gradient(setting):
-    batch, objective = setting.aligned(), setting.objective
+    batch, objective = setting.matched(), setting.objective
     nothing = type(batch.shared_bytes)(*(part[:0] for part in batch.shared_bytes))
     objective.zero_grad()
     loss, report = objective(
@@ -74,7 +66,7 @@ def test_a_batch_that_shares_nothing_still_has_a_gradient(setting):
 
 
 def test_labels_without_weight_are_measured_and_cost_no_gradient(setting):
-    batch, objective = setting.aligned(), setting.objective
+    batch, objective = setting.matched(), setting.objective
     products = {}
     width, vocabulary = objective.student.head.in_features, objective.student.head.out_features
     one = 2 * len(batch.student.rows_M) * width * vocabulary
@@ -84,7 +76,9 @@ def test_labels_without_weight_are_measured_and_cost_no_gradient(setting):
         with torch.no_grad():
             hidden = objective.student.body(*batch.student.inputs)
         with FlopCounterMode(display=False) as counter:
-            loss = objective.student_loss(hidden, batch, Totals(1.0, 1.0), report := Report())
+            loss = objective.student_term(
+                hidden, batch.student, Totals(1.0, 1.0), report := Report()
+            )
             if weight:
                 loss.backward()
         assert report.reduce()["student_ce_other"] > 0 and loss.requires_grad == bool(weight)
@@ -95,7 +89,7 @@ def test_labels_without_weight_are_measured_and_cost_no_gradient(setting):
 
 
 def test_chunks_of_rows_change_nothing(setting, monkeypatch):
-    batch, objective = setting.aligned(), setting.objective
+    batch, objective = setting.matched(), setting.objective
     rows = setting.rows(batch)
 
     def loss_and_gradient():

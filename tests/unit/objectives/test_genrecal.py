@@ -1,6 +1,7 @@
 """The objective on one process: the boundary row, the switches of the terms, the report."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.pair import EncodedChat, Pair
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import ReplicatedHead, load_final_norm, load_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_final_norm, load_frozen_head
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
-from genrecal_ds.objectives import TeacherRows, Totals
+from genrecal_ds.objectives.base import Ingredients, TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
+from genrecal_ds.objectives.report import Clock
 from genrecal_ds.objectives.supervised import Supervised
-from genrecal_ds.recipe.stage_config import LossConfig
+from genrecal_ds.recipe.stage_config import LossConfig, StageConfig
 from tests.fixtures import ROOT
 
 pytestmark = pytest.mark.unit
@@ -31,7 +33,7 @@ class Setting:
         self.student_folder = pair / "student_init"
         self.teacher = TeacherBody(load_vlm(self.teacher_folder))
         head = load_frozen_head(self.teacher_folder, torch.float32, torch.device("cpu"))
-        self.head = ReplicatedHead(head)
+        self.head = FrozenHead(head)
         self.encoders = PairEncoders(
             ChatEncoder(self.student_folder, 200), ChatEncoder(self.teacher_folder, 200)
         )
@@ -44,15 +46,21 @@ class Setting:
         rules = self.encoders.vision_rules
         return collate(self.pairs if pairs is None else pairs, placeholder, rules, with_regular)
 
-    def objective(self, losses=None, trains_student=True):
-        torch.manual_seed(0)
+    def parts(self, kind, losses=None, **more):
+        """Ingredients of an objective, the student's weights as they are in its folder."""
+        stage = StageConfig(kind=kind, steps=1, losses=losses or LossConfig())
         student = load_vlm(self.student_folder)
-        student.train_only(("layers", "norm") if trains_student else ())
+        return Ingredients(stage, student, self.encoders, Clock(), self.head, **more)
+
+    def objective(self, losses=None, kind="distill"):
+        torch.manual_seed(0)
+        parts = self.parts(kind, losses)
+        parts.student.train_only(parts.stage.trained_components)
         recalibrator = Recalibrator(
-            student.text_config, self.teacher.teacher.text_config.hidden_size
+            parts.student.text_config, self.teacher.teacher.text_config.hidden_size
         )
         recalibrator.initialize(0.1, load_final_norm(self.teacher_folder))
-        return GenRecal(student, recalibrator, self.head, losses or LossConfig(), trains_student)
+        return GenRecal(replace(parts, recalibrator=recalibrator))
 
     @torch.no_grad()
     def rows(self, batch):
@@ -133,7 +141,7 @@ def test_each_term_of_align_has_its_switch(setting, losses, terms):
     """The loss is exactly the sum of the terms that are on, over the rows."""
     with_regular = losses.regularizer != "none"
     batch = setting.batch(with_regular=with_regular)
-    objective = setting.objective(losses, trains_student=False)
+    objective = setting.objective(losses, "align")
     loss, report = run(setting, objective, batch)
     values = report.reduce()
     expected = sum(values[term] for term in terms) * batch.num_teacher_rows
@@ -171,9 +179,9 @@ def test_probe_reports_norms_and_leaves_no_gradient(setting):
 
 def test_first_token_weight_counts_boundary_rows_more(setting):
     batch = setting.batch()
-    student = load_vlm(setting.student_folder)
-    plain, report = Supervised(student, LossConfig())(batch, None, Totals(1, 1))
-    weighted, _ = Supervised(student, LossConfig(first_token_ce=1.5))(batch, None, Totals(1, 1))
+    plain, report = Supervised(setting.parts("sft"))(batch, None, Totals(1, 1))
+    more = Supervised(setting.parts("sft", LossConfig(first_token_ce=1.5)))
+    weighted, _ = more(batch, None, Totals(1, 1))
     extra, count = report.means["student_ce_boundary"]
     assert count == batch.student.boundary_M.sum()
     assert weighted.item() == pytest.approx(plain.item() + 1.5 * float(extra), rel=1e-5)
@@ -207,12 +215,12 @@ def test_without_the_boundary_row_the_teachers_terms_hold_the_others_alone(setti
     assert totals[False]["kl_other"] == pytest.approx(totals[True]["kl_other"], rel=1e-5)
 
 
-@pytest.mark.parametrize("trains_student", [False, True])
-def test_question_probes_leave_loss_and_gradient_alone(setting, trains_student):
-    batch = setting.batch(with_regular=not trains_student)
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_question_probes_leave_loss_and_gradient_alone(setting, kind):
+    batch = setting.batch(with_regular=kind == "align")
     found = {}
     for probe in (False, True):
-        objective = setting.objective(trains_student=trains_student)
+        objective = setting.objective(kind=kind)
         loss, report = run(setting, objective, batch, probe)
         loss.backward()
         gradients = [p.grad for p in objective.parameters() if p.grad is not None]

@@ -5,7 +5,7 @@ import torch
 
 from genrecal_ds.data.batch import collate
 from genrecal_ds.data.pair import EncodedChat, Pair
-from genrecal_ds.objectives.genrecal import exchanged_questions
+from genrecal_ds.objectives.probes import exchanged_questions
 
 pytestmark = pytest.mark.unit
 

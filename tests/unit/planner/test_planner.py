@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from genrecal_ds.estimate import flops
-from genrecal_ds.estimate.flops import Sample
 from genrecal_ds.estimate.memory import Load
 from genrecal_ds.planner import __main__ as planner
 from genrecal_ds.planner.cost import Machine, micro_steps, received, step_seconds, wire
@@ -23,7 +22,7 @@ from tests.fixtures import ROOT
 pytestmark = pytest.mark.unit
 
 PAIR = ("qwen2-vl-72b", "qwen2-vl-7b")
-SAMPLE = Sample(1800, 1800, 150, 1280)
+SAMPLE = flops.SampleTokens(1800, 1800, 150, 1280)
 MACHINE = Machine(GPUS["a100-80g"], 0.4)
 
 

@@ -73,8 +73,6 @@ def test_sources_of_stages_default_to_the_stage_before(tmp_path):
         ({"recalibrator": {"positions": "own"}, "teacher": {"path": "t", "cache": "c"}},
          "teacher.cache: holds no question, so recalibrator.positions must be new"),
         ({"log": {"evaluate_every": 5}}, "log.evaluate_every: needs data.validation"),
-        ({"teacher_head": "gathered", "stages": [{"kind": "mot", "steps": 1}]},
-         "stages.mot: mot needs teacher_head: replicated"),
         ({"teacher": None, "stages": [{"kind": "dskd", "steps": 1}]},
          "stages.dskd: kind dskd needs teacher.path"),
         ({"stages": [{"kind": "align", "steps": 1, "epochs": 1}]}, "exactly one of steps"),
@@ -82,47 +80,27 @@ def test_sources_of_stages_default_to_the_stage_before(tmp_path):
         ({"stages": [{"kind": "sft", "steps": 1, "student": "stage:distill"}]}, "not an earlier"),
         ({"stages": [{"kind": "align", "steps": 1, "losses": {"ar": 0, "kl": 0}}]}, "both 0"),
         ({"student": {}}, "student.path: missing; add it"),
-        ({"teacher": None, "more_teachers": [{"path": "u"}],
-          "stages": [{"kind": "sft", "steps": 1}]}, "more_teachers: stand beside teacher"),
-        ({"more_teachers": [{"path": "u"}, {"path": "t"}]}, "more_teachers.1.path: t is named twi"),
-        ({"more_teachers": [{"path": "./s"}]}, "more_teachers.0.path: s is named twice"),
-        ({"more_teachers": [{"path": "u", "cache": "c"}]}, "more_teachers.0.cache: .* leave it"),
-        ({"more_teachers": [{"path": "u"}], "teacher": {"path": "t", "cache": "c"}},
-         "teacher.cache: holds the rows of one teacher alone"),
-        ({"more_teachers": [{"path": "u", "forward_batches": 2}]},
-         "more_teachers.0.forward_batches: must be 1"),
-        ({"more_teachers": [{"path": "u", "weight": 0}]}, "more_teachers.0.weight: .*greater than"),
-        *(({"more_teachers": [{"path": "u"}], "stages": [{"kind": kind, "steps": 1}]},
-           f"stages.{kind}: {kind} has one teacher; leave out more_teachers")
-          for kind in ("uld", "logit_kd", "mot", "dskd")),
+        ({"stages": [{"kind": "sfd", "steps": 1}]}, "no kind of stage; there are pretrain, align"),
+        ({"stages": [{"kind": "align", "steps": 1, "train": ["layers"]}]},
+         "align trains the Recalibrator only"),
+        ({"stages": [{"kind": "uld", "steps": 1, "on_policy": {"share": 0.5}}]},
+         "on_policy: only for distill and byte_kd; this stage is uld"),
+        ({"stages": [{"kind": "distill", "steps": 1, "on_policy": {"share": 0.5}}]},
+         "set losses.student_ce and losses.ar to 0"),
+        ({"more_teachers": [{"path": "u"}]}, "more_teachers: removed after 0.1.0, a run has one"),
+        ({"teacher": {"path": "t", "weight": 2}}, "teacher.weight: removed after 0.1.0"),
+        ({"teacher": {"path": "t", "answer_layer": 2}}, "teacher.answer_layer: removed after 0.1"),
+        ({"teacher_head": "gathered"}, "teacher_head: removed after 0.1.0, the teacher's head is"),
+        ({"stages": [{"kind": "align", "steps": 1, "answers": {"rows": "both"}}]},
+         "stages.0.answers: removed after 0.1.0, no result supports it"),
+        ({"stages": [{"kind": "align", "steps": 1, "losses": {"boundary_weight": 2}}]},
+         "stages.0.losses.boundary_weight: removed after 0.1.0, no result supports it"),
     ],
 )  # fmt: skip
 def test_mistakes_name_key_and_fix(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         load_recipe(write(tmp_path, **changes))
     assert "\n" not in str(error.value) and "recipe.yaml" in str(error.value)
-
-
-def test_several_teachers_have_shares_of_one(tmp_path):
-    more = [{"path": "u", "weight": 3.0, "placement": "zero3_offload"}]
-    recipe = load_recipe(write(tmp_path, more_teachers=more), ["more_teachers.0.path=v"])
-    assert [str(source.path) for source in recipe.teachers] == ["t", "v"]
-    assert recipe.teacher_shares == (0.25, 0.75)
-    names = [recipe.ds_config_of(source) for source in recipe.teachers]
-    assert names == ["teacher_zero3", "teacher_zero3_offload"]
-    assert load_recipe(write(tmp_path, teacher={"path": "t", "weight": 7.0})).teacher_shares == (1,)
-
-
-def test_a_lone_teachers_weight_decides_no_result(tmp_path):
-    from genrecal_ds.training.run import stage_hash
-
-    def hash_of(**changes):
-        recipe = load_recipe(write(tmp_path, **changes))
-        return stage_hash(recipe, recipe.stages[0])
-
-    assert hash_of() == hash_of(teacher={"path": "t", "weight": 2.0})
-    two = {"more_teachers": [{"path": "u"}]}
-    assert len({hash_of(), hash_of(**two), hash_of(teacher={"path": "t", "weight": 2}, **two)}) == 3
 
 
 @pytest.mark.parametrize(

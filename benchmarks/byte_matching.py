@@ -1,7 +1,7 @@
-"""What byte alignment costs: megabytes of text a second on one core; and what the next-byte KL does
+"""What byte matching costs: megabytes of text a second on one core; and what the next-byte KL does
 through a head that trains, gradients included, beside the head's three products alone.
 
-    python -m benchmarks.byte_alignment [--rounds 7] [--out FILE]
+    python -m benchmarks.byte_matching [--rounds 7] [--out FILE]
 
 Text is random letters; both sides split it into pieces of 1 to 8 bytes, each in its own way.
 """
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.race import Contestants, device_facts, race, spread
-from genrecal_ds.data.byte_matching import align_bytes, align_rows
+from genrecal_ds.data.byte_matching import match_bytes
 from genrecal_ds.models.token_bytes import byte_vocabulary
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 from genrecal_ds.ops.linear_distance import linear_distance
-from genrecal_ds.ops.next_byte import BYTE_MATRICES, Boundaries, next_byte_kl, next_byte_log_mass
+from genrecal_ds.ops.next_byte import Boundaries, next_byte_kl, next_byte_log_mass
+from genrecal_ds.recipe.kinds import KINDS
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
@@ -42,7 +43,7 @@ def split(text: bytes, draw: random.Random) -> list[bytes | None]:
     return [*pieces, None]
 
 
-def alignment_race(length: int, rounds: int) -> dict[str, dict]:
+def matching_race(length: int, rounds: int) -> dict:
     """Of answers of so many bytes; on the CPU whatever the device is."""
     draw = random.Random(0)
     texts = [
@@ -50,15 +51,13 @@ def alignment_race(length: int, rounds: int) -> dict[str, dict]:
     ]
     pairs = [(split(text, draw), split(text, draw)) for text in texts]
 
-    def run(align: Callable) -> float:
+    def run() -> float:
         start = time.perf_counter()
         for pair in pairs:
-            align(*pair)
+            match_bytes(*pair)
         return len(texts) * length / MEGABYTE / (time.perf_counter() - start)
 
-    contestants = {"rows": align_rows, "next bytes": align_bytes}
-    speeds = {name: [run(align) for _ in range(rounds)] for name, align in contestants.items()}
-    return {name: {"mb_per_s": spread(of)} for name, of in speeds.items()}
+    return {"mb_per_s": spread([run() for _ in range(rounds)])}
 
 
 def vocabulary_of(size: int) -> list[bytes | None]:
@@ -103,18 +102,18 @@ def loss_contestants() -> Contestants:
 
         return step
 
-    head = Head(weight)
+    head, held = Head(weight), KINDS["byte_kd"].head_matrices
     return {
         "three products": products,
         "cross entropy": stepped(lambda: linear_cross_entropy(rows, labels, head, ones)[0]),
-        "next-byte KL": stepped(lambda: linear_distance(rows, head, kl, matrices=BYTE_MATRICES)[0]),
+        "next-byte KL": stepped(lambda: linear_distance(rows, head, kl, matrices=held)[0]),
         "next-byte KL, all logits": stepped(lambda: kl(rows @ weight.T, slice(0, ROWS)).sum()),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.byte_alignment", description=__doc__,
+        prog="python -m benchmarks.byte_matching", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7)
@@ -124,7 +123,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         **device_facts(),
-        "alignment": {n: alignment_race(n, arguments.rounds) for n in (50, 400, 4000)},
+        "matching": {n: matching_race(n, arguments.rounds) for n in (50, 400, 4000)},
         "loss": race(loss_contestants(), arguments.rounds, "three products"),
     }
     text = json.dumps(result, indent=2)

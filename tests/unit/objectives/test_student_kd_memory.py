@@ -6,24 +6,26 @@ import pytest
 import torch
 from torch import nn
 
-from genrecal_ds.models.head import ReplicatedHead
+from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.token_bytes import byte_vocabulary
-from genrecal_ds.objectives import mot
+from genrecal_ds.objectives.base import Ingredients
 from genrecal_ds.objectives.byte_kd import ByteKD
 from genrecal_ds.objectives.logit_kd import divergence
 from genrecal_ds.objectives.mot import MultiLevelOT
+from genrecal_ds.objectives.report import Clock
 from genrecal_ds.objectives.uld import sorted_distance
 from genrecal_ds.ops import linear_distance, next_byte
 from genrecal_ds.ops.head_loss import Head
-from genrecal_ds.recipe.stage_config import LossConfig
+from genrecal_ds.recipe.kinds import KINDS
+from genrecal_ds.recipe.stage_config import LossConfig, StageConfig
 from tests.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.unit
 ROWS, WIDTH, VOCABULARY = 64, 2, 30_000
-KINDS = ("forward_kl", "reverse_kl", "skew_kl", "jsd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "skew_kl", "jsd")
 TOKEN_DISTANCES = {
     "uld": sorted_distance,
-    **{kind: divergence(LossConfig(divergence=kind), VOCABULARY) for kind in KINDS},
+    **{name: divergence(LossConfig(divergence=name), VOCABULARY) for name in DIVERGENCES},
 }
 
 
@@ -36,27 +38,31 @@ def matrices_of(distance) -> float:
     return live.peak[""] / (4 * ROWS * VOCABULARY)
 
 
+def parts(kind, head):
+    return Ingredients(StageConfig(kind=kind, steps=1), nn.Module(), None, Clock(), head)
+
+
 @pytest.mark.parametrize("name", TOKEN_DISTANCES)
 def test_token_by_token(name):
-    targets, theirs = torch.randn(ROWS, WIDTH), ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    targets, theirs = torch.randn(ROWS, WIDTH), FrozenHead(Head(torch.randn(VOCABULARY, WIDTH)))
 
     def of_chunk(logits, part):
         return TOKEN_DISTANCES[name](logits, theirs.logits(targets[part]))
 
     held = matrices_of(of_chunk)
-    assert 4 < held < linear_distance.MATRICES, held
+    assert 4 < held < KINDS["uld"].head_matrices == KINDS["logit_kd"].head_matrices, held
 
 
 def test_by_conversations():
-    theirs, targets = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH))), torch.randn(ROWS, WIDTH)
-    objective = MultiLevelOT(nn.Module(), theirs, LossConfig())
+    theirs, targets = FrozenHead(Head(torch.randn(VOCABULARY, WIDTH))), torch.randn(ROWS, WIDTH)
+    objective = MultiLevelOT(parts("mot", theirs))
     paired = torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool)
 
     def of_conversation(logits, part):
         return objective._of_conversation(logits, targets[part], *paired)
 
     held = matrices_of(of_conversation)
-    assert 4 < held < mot.MATRICES, held
+    assert 4 < held < KINDS["mot"].head_matrices, held
 
 
 @pytest.mark.parametrize("teacher_rows", [1, 2, 4])  # for one of the student's, at most
@@ -77,9 +83,9 @@ def test_byte_by_byte(teacher_rows):
     ]
     at = next_byte.Boundaries(*torch.tensor(asked).T)
     there = at._replace(row=teacher_rows * at.row + at.depth % teacher_rows)
-    theirs = ReplicatedHead(Head(torch.randn(VOCABULARY, WIDTH)))
+    theirs = FrozenHead(Head(torch.randn(VOCABULARY, WIDTH)))
     targets = torch.randn(teacher_rows * ROWS, WIDTH)
-    objective = ByteKD(nn.Module(), theirs, (table, table), LossConfig())
+    objective = ByteKD(parts("byte_kd", theirs), (table, table))
 
     def of_chunk(logits, part):
         teacher = objective.teacher_mass(targets, there, len(logits))
@@ -87,6 +93,6 @@ def test_byte_by_byte(teacher_rows):
         return kl.new_zeros(len(logits)).index_add(0, at.row, kl)
 
     held = matrices_of(of_chunk)
-    assert 4 < held < next_byte.BYTE_MATRICES, held
+    assert 4 < held < KINDS["byte_kd"].head_matrices, held
     whole = objective.teacher_mass(targets, there, len(targets))
     torch.testing.assert_close(objective.teacher_mass(targets, there, 7), whole)

@@ -1,0 +1,132 @@
+"""What each class of rows learns, and from where: measurements beside the loss, without a gradient.
+
+The mixed pass teaches the student through its question states. The probes exchange or remove those
+states and measure the losses again, and they take each term's gradient at the student's rows. The
+norms are taken at a detached copy of those rows, so no parameter gets a gradient here.
+
+Shapes: B conversations, S student length, D student width, H teacher width, N teacher loss rows,
+M student loss rows, K passes, P rows of the Recalibrator's input.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from genrecal_ds.data.batch import IGNORE, PairBatch, StudentBatch, TeacherBatch
+from genrecal_ds.models.vlm import LanguageHead
+from genrecal_ds.objectives.base import TeacherRows, Totals
+from genrecal_ds.objectives.report import Report
+
+if TYPE_CHECKING:  # genrecal.py calls the probes
+    from genrecal_ds.objectives.genrecal import GenRecal
+
+
+@torch.no_grad()
+def probe_questions(
+    objective: "GenRecal",
+    hidden_BSD: Tensor,
+    teacher: TeacherBatch,
+    teacher_rows: TeacherRows,
+    report: Report,
+) -> None:
+    """L_ar and L_kl of the mixed pass with another sample's question states, and with none."""
+    labels_N, packing = objective.labels(teacher), teacher.packing
+    exchanged = packing._replace(source_P=exchanged_questions(teacher, hidden_BSD.shape[1]))
+    is_alone = len(hidden_BSD) == 1  # no other sample to exchange with
+    for name, hidden, of in (
+        ("shuffled", hidden_BSD, exchanged),
+        ("zeroed", torch.zeros_like(hidden_BSD), packing),
+    ):
+        rows_NH = objective.recalibrator(hidden, teacher_rows.inputs_AH, of)[: len(labels_N)]
+        out = objective.teacher_head.loss(
+            rows_NH[None], teacher_rows.targets_NH, labels_N, [1.0], [1.0]
+        )
+        valid_N = (labels_N != IGNORE) & (not (is_alone and name == "shuffled"))
+        for term, values_N in (("ar", out.ce_KN[0]), ("kl", out.kl_KN[0])):
+            report.add_rows(f"probe/{term}_{name}", values_N, teacher.boundary_N, valid_N)
+
+
+def probe_gradients(
+    objective: "GenRecal",
+    hidden_BSD: Tensor,
+    batch: PairBatch,
+    teacher_rows: TeacherRows,
+    totals: Totals,
+    report: Report,
+) -> None:
+    """Norm of each term's gradient at the student's hidden states, boundary rows apart."""
+    teacher = batch.teacher
+    assert teacher is not None
+    boundary_N, labels_N = teacher.boundary_N, objective.labels(teacher)
+    with torch.enable_grad():
+        leaf_BSD = hidden_BSD.detach().requires_grad_()
+        rows_KNH = objective.recalibrate(leaf_BSD, teacher, teacher_rows)[:1]
+        for name, weights in (("ar", ([1.0], [0.0])), ("kl", ([0.0], [1.0]))):
+            for rows, keep_N in (("boundary", boundary_N), ("other", ~boundary_N)):
+                term = objective.teacher_head.loss(
+                    rows_KNH, teacher_rows.targets_NH, labels_N.where(keep_N, IGNORE), *weights
+                ).loss_sum
+                (gradient,) = torch.autograd.grad(term, leaf_BSD, retain_graph=True)
+                report.norms[f"gradient/{name}_{rows}"] = _square(gradient, totals.teacher_rows)
+        square = leaf_BSD.new_zeros((), dtype=torch.float32)
+        if objective.losses.student_ce:  # else it is measured without a gradient
+            ce_sum, _ = objective.student_ce(leaf_BSD, batch.student)
+            (gradient,) = torch.autograd.grad(ce_sum, leaf_BSD)
+            square = _square(gradient, totals.student_rows)
+        report.norms["gradient/student_ce"] = square
+
+
+def probe_student_rows(
+    distance: Callable[[Tensor], Tensor],
+    head: LanguageHead,
+    rows_MD: Tensor,
+    student: StudentBatch,
+    total: float,
+    report: Report,
+) -> None:
+    """Norm of a baseline's gradient at the student's loss rows, boundary rows apart, beside the
+    norm of the cross entropy's.
+
+    distance: the baseline's D, summed, for rows [M, D]. total: the step's student rows.
+    """
+    with torch.enable_grad():
+        leaf_MD = rows_MD.requires_grad_()
+        (of_kd_MD,) = torch.autograd.grad(distance(leaf_MD), leaf_MD)
+        ones_M = torch.ones_like(student.labels_M, dtype=torch.float32)
+        ce_sum, _ = head.cross_entropy(leaf_MD, student.labels_M, ones_M)
+        (of_ce_MD,) = torch.autograd.grad(ce_sum, leaf_MD)
+    boundary_M = student.boundary_M
+    report.norms["gradient/kd_boundary"] = _square(of_kd_MD[boundary_M], total)
+    report.norms["gradient/kd_other"] = _square(of_kd_MD[~boundary_M], total)
+    report.norms["gradient/student_ce"] = _square(of_ce_MD, total)
+
+
+def _square(gradient: Tensor, total: float) -> Tensor:
+    return (gradient.float() / total).square().sum()
+
+
+def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
+    """packing.source_P with the mixed pass's question states taken from the next sample's turn.
+
+    Rows are counted back from a question's last one, so that boundary rows meet boundary rows.
+    Where the other question is shorter, its first row is taken again.
+    """
+    packing = teacher.packing
+    num_rows = len(teacher.boundary_N)  # of one pass
+    ends = packing.loss_rows[:num_rows][teacher.boundary_N]  # last question row of each turn
+    source_P = packing.source_P.long()
+    sequence_of_turn = packing.sequence_P[ends]
+    num_mixed = int(sequence_of_turn[-1]) + 1
+    following = (sequence_of_turn + 1) % num_mixed
+    first_turn_of = torch.searchsorted(sequence_of_turn, following)
+    other_end = source_P[ends[first_turn_of]]  # its flat student row
+    rows = torch.arange(len(source_P), device=source_P.device)
+    turn_P = torch.searchsorted(ends, rows).clamp(max=len(ends) - 1)
+    back_P = ends[turn_P] - rows
+    other_P = other_end[turn_P]
+    first_P = torch.div(other_P, student_length, rounding_mode="floor") * student_length
+    moved_P = torch.maximum(other_P - back_P, first_P)
+    # Only questions of the mixed pass come from the student.
+    return torch.where(source_P >= 0, moved_P, source_P).to(packing.source_P.dtype)
