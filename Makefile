@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation study study-gap test test-extras test-cluster chaos same-bits test-gpu models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo ablation study study-gap test test-extras test-cluster chaos same-bits test-gpu map models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -98,6 +98,9 @@ same-bits: setup ## whether two recipes train bit for bit what they did at commi
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up
 	$(CHOSEN_PYTHON) -m pytest -m gpu
+
+map: ## write docs/map.md, the file map, from the first lines of docstrings
+	$(or $(wildcard .venv/bin/python),$(CHOSEN_PYTHON)) -m tests.file_map
 
 models-table: test-extras ## write the table of docs/models.md from a test run
 	$(IN_VENV) .venv/bin/python -m pytest -q $(MODEL_TESTS) --models-table docs/models.md

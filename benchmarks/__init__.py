@@ -1,1 +1,1 @@
-"""Measurements, side by side in one run; correctness is the tests' business, never a timing."""
+"""Measures our code beside its peers in one run; results/ keeps the numbers as JSON."""

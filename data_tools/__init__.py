@@ -1,1 +1,1 @@
-"""Building, verifying and inspecting shards: build.py, verify.py, inspect.py, and sources/."""
+"""Builds, checks and inspects folders of shards; one command per module."""

@@ -1,4 +1,4 @@
-"""Build a folder of shards from a source.
+"""Builds a folder of shards from a source.
 
 Every sample is checked by decoding it whole, with the reader's own functions. A bad one is
 written to rejects.jsonl with its reason; too many of them, or none accepted, is a failure and
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 def _share_is_last(
     source: Source, out: Path, arguments: dict[str, Any], args: argparse.Namespace
 ) -> bool:
-    """Make a task's share. Whether no shard is missing now, so that the index can be written."""
+    """Make a task's share; return whether no shard is missing, so that the index can be written."""
     with progress_bar() as progress:
         bar = progress.add_task("building a share", total=len(source) // args.task[1])
         is_last = build_share(

@@ -1,8 +1,8 @@
-"""Makes a folder of shards from an opened source: checked, in parallel, resumable.
+"""Makes the shards of an opened source: every sample checked, in parallel, resumable.
 
-Shard k holds the good ones of the source's rows [k * shard_size, (k + 1) * shard_size), so shards
-are made in any order by any number of processes and the bytes are always the same. A finished
-shard leaves a part file; a build that was killed goes on with the shards that have none.
+Shard k holds the good rows of the source's rows [k * shard_size, (k + 1) * shard_size). So any
+number of processes can make the shards in any order, and the bytes are always the same. A finished
+shard leaves a part file. A build that was killed goes on with the shards that have no part file.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ _OURS = re.compile(
 
 @dataclass
 class BuildReport:
-    """What a build did: samples accepted, and rejected ones by reason."""
+    """What a build did: the accepted samples, and the rejected samples by reason."""
 
     num_accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
@@ -84,8 +84,8 @@ def build(
 
     `arguments` goes into the manifest and, with the source's digest, identifies the build; the
     bytes depend on nothing else. advance is called with the number of rows done. The manifest is
-    left out when more than max_reject_rate of the rows are bad. Raises UserError when none is
-    accepted, or for a folder of anything else.
+    left out when more than max_reject_rate of the rows are bad. Raises UserError when no row is
+    accepted, or when the folder holds another build.
     """
     identity = _identity(source, arguments, shard_size)
     out.mkdir(parents=True, exist_ok=True)
@@ -121,9 +121,9 @@ def build_share(
     num_workers: int = 1,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> bool:
-    """Task (i, n)'s share of the shards: every n-th from i on; other tasks may write beside it.
+    """Make the shards of task (i, n): every n-th from i on. Other tasks may write beside it.
 
-    True when no shard is missing any more: a last call of `build` then writes the index.
+    Returns True when no shard is missing: a last call of `build` then writes the index.
     """
     out.mkdir(parents=True, exist_ok=True)
     identity = _identity(source, arguments, shard_size)
@@ -138,7 +138,7 @@ def build_share(
 
 
 def _identity(source: Source, arguments: dict[str, Any], shard_size: int) -> dict[str, Any]:
-    """What a folder's build must be the same in to be gone on with."""
+    """Return the facts in which a folder's build must be equal to be continued."""
     assert _NAME.fullmatch(source.name), f"{source.name!r} would be part of every key"
     return {
         **arguments, "source_digest": source.digest, "num_rows": len(source),
@@ -225,7 +225,7 @@ _job: _Job | None = None
 
 
 def _end_with_parent() -> None:
-    """Workers of a killed parent would wait for work for ever, and keep the folder's lock."""
+    """End a worker with its parent: else it would wait for ever and keep the folder's lock."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -270,7 +270,7 @@ def check(raw: RawSample, source: str, row: int) -> CheckedSample:
 
 
 def is_finished(out: Path, arguments: dict[str, Any]) -> bool:
-    """True for a sound folder of the same build; UserError for a folder of another one."""
+    """Return True for a sound folder of the same build. Raises UserError for another build's."""
     if not (out / MANIFEST_NAME).exists():
         return False
     found = read_manifest(out).get("build")
@@ -290,9 +290,9 @@ def _refuse_difference(out: Path, found: dict[str, Any], wanted: dict[str, Any])
 
 @contextmanager
 def _claimed(out: Path, identity: dict[str, Any], is_shared: bool = False) -> Iterator[Path]:
-    """The parts folder of this very build, locked; refuses a folder of anything else.
+    """Lock the parts folder of this build; refuse a folder that holds anything else.
 
-    is_shared: tasks of one build lock out a whole one, not each other.
+    is_shared: tasks of one build lock out a whole build, not each other.
     """
     for path in sorted(out.iterdir()):
         if not _OURS.fullmatch(path.name) or path.is_dir() != (path.name == PARTS_NAME):

@@ -1,13 +1,13 @@
-"""A teacher's own answers in place of short ones: new shards from shards and their evaluation.
+"""Writes new shards in which a teacher's own answers replace the short ones.
 
     python -m genrecal_ds.evaluate TEACHER SHARDS --out answers.json --max-new-tokens 512 \\
         --instruction "Explain, then write Answer: and the answer." --final-after "Answer:"
     python -m data_tools.collect_responses SHARDS answers.predictions.jsonl --out shards/responses
 
-A response is kept where its final answer matches the gold one by the kind's own metric, with the
-question as it stood in SHARDS (the paper's section 4 and appendix F). Wrong and empty ones are left
-out and counted. Other engines' answers do as well: a line per sample with `key`, `prediction` and
-`score`. Pictures are copied byte for byte; started again after a kill, finished shards are kept.
+A response is kept where its final answer matches the gold answer by the kind's own metric. The
+question stays as it is in SHARDS (the paper's section 4 and appendix F). Wrong and empty responses
+are left out and counted. Answers of another engine can be used too: a line per sample with `key`,
+`prediction` and `score`. Pictures are copied byte for byte. After a kill, finished shards are kept.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from genrecal_ds.errors import UserError
 
 
 class Responses(RowSource):
-    """The samples of a folder, each with its response; SampleError for one that is not kept."""
+    """Gives a folder's samples, each with its response; SampleError for one that is not kept."""
 
     name = "responses"
 
@@ -64,7 +64,7 @@ class Responses(RowSource):
 
 
 def read_responses(path: Path) -> dict[str, tuple[str, float]]:
-    """{key: (text, score)}. Raises UserError naming the line that has no such thing."""
+    """Read {key: (text, score)}. Raises UserError naming a line that lacks one of them."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; genrecal_ds.evaluate writes it beside its result")
     found: dict[str, tuple[str, float]] = {}

@@ -1,4 +1,4 @@
-"""One HTML page of samples: pictures with their turns, whatever the data holds."""
+"""Writes one HTML page of samples: pictures beside their turns."""
 
 from collections.abc import Iterable
 
@@ -24,7 +24,7 @@ _BODY = """<main>
 
 
 def contact_sheet(title: str, samples: Iterable[tuple[int, Sample | BadSample]]) -> str:
-    """The page for numbered samples; a bad one shows its reason in place of its content."""
+    """Make the page of numbered samples; a bad sample shows its reason instead of its content."""
     cards = [_card(number, sample) for number, sample in samples]
     return html_page(printable_lines(title), _BODY, _STYLE, cards=cards)
 

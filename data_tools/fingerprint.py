@@ -1,7 +1,7 @@
-"""Print what identifies folders of shards; with several, whether they hold the same.
+"""Prints the fingerprint of folders of shards, and whether several hold the same samples.
 
-fingerprint: of the files; a run resumes only on the same. content: of the samples in their order,
-whatever the size of the shards.
+`fingerprint` identifies the files; a run resumes only with the same fingerprint. `content`
+identifies the samples in their order, whatever the size of the shards.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Show a folder of shards: shards, kinds and a decoded sample in the terminal, more as HTML.
+"""Shows a folder of shards: its kinds, and samples in the terminal or as an HTML page.
 
 Text from the data is printed with control characters escaped, so it cannot steer the terminal.
 """

@@ -1,7 +1,8 @@
-"""Join folders of shards with weights, resolved to repeat counts: an epoch is well defined.
+"""Joins folders of shards into one; a weight says how often each folder's samples appear.
 
-Weight 2.5 puts every sample of a folder into the index twice, and a seeded half of them a third
-time; 0.5 takes a half. The tars are hard links where the file system allows, copies elsewhere.
+Weight 2.5 puts every sample of a folder into the index twice, and a seeded half of the samples a
+third time. Weight 0.5 takes a half. The tars are hard links where the file system allows, else
+copies.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def mix(weights: dict[Path, float], out: Path, seed: int) -> int:
 
 
 def link_or_copy(source: Path, target: Path, sha256: str) -> None:
-    """The same bytes under another name. Raises UserError when a copy differs."""
+    """Put the same bytes under another name. Raises UserError when a copy differs."""
     try:
         os.link(source, target)
     except OSError as error:

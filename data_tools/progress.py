@@ -1,4 +1,4 @@
-"""The progress line of the data tools: count, rate and time left, on stderr."""
+"""Prints the progress line of the data tools on stderr: count, rate and time left."""
 
 from rich.console import Console
 from rich.progress import (

@@ -1,8 +1,8 @@
-"""Divide a folder of shards into several, so that no picture is in two of them.
+"""Divides a folder of shards into several, so that no picture is in two of them.
 
-Samples that share a picture, directly or through others, stay together; a text-only sample goes
-by its text. Which part a group falls into depends on its content and the seed alone: adding
-samples later moves none.
+Samples that share a picture, directly or through others, stay together. A text-only sample goes by
+its text. A group's content and the seed alone decide its part, so adding samples later moves no
+sample.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Groups:
         self._parent: dict[bytes, bytes] = {}
 
     def join(self, hashes: Sequence[bytes]) -> bytes:
-        """Put these into one group; returns one of them, to ask find about later."""
+        """Put these hashes into one group; return one of them, as the argument of find."""
         roots = [self.find(value) for value in hashes]
         smallest = min(roots)  # the same name whatever the order of samples
         for root in roots:
@@ -53,7 +53,7 @@ class Groups:
 
 
 def content_hashes(members: dict[str, bytes]) -> list[bytes]:
-    """sha256 of each picture's bytes; of the turns, for a sample without pictures."""
+    """sha256 of each picture's bytes, or of the turns for a sample without pictures."""
     pictures = [data for name, data in members.items() if name != "json"]
     if not pictures:
         turns = json.loads(members["json"])["messages"]
@@ -62,7 +62,7 @@ def content_hashes(members: dict[str, bytes]) -> list[bytes]:
 
 
 def choose(group: bytes, shares: dict[str, float], seed: int) -> str:
-    """The part of a group: a number in [0, 1) made of its name and the seed, against the shares."""
+    """Choose a group's part: its name and the seed give a number in [0, 1), against the shares."""
     digest = hashlib.sha256(f"{seed}:".encode() + group).digest()
     place, total = int.from_bytes(digest[:8], "big") / 2**64, sum(shares.values())
     for name, share in shares.items():

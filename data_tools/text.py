@@ -1,4 +1,4 @@
-"""Complaints of the commands, safe to show: names from data go through genrecal_ds.console.text."""
+"""Prints the data tools' error messages, with text from data made safe to show."""
 
 import sys
 
@@ -6,5 +6,5 @@ from genrecal_ds.console.text import printable
 
 
 def complain(message: object) -> None:
-    """One line on stderr; a name in it, of a file or a member, may not steer the terminal."""
+    """Print one line on stderr; a file or member name in it cannot steer the terminal."""
     print(printable(str(message)), file=sys.stderr)

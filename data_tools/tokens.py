@@ -1,8 +1,8 @@
-"""Count every sample's tokens for a pair of models, pictures included.
+"""Counts every sample's tokens for a pair of models, pictures included.
 
-Writes tokens-PAIR.npy and .json beside the shards, which data.lengths=measured puts batches
-together by, and tokens-PAIR.png with histograms; prints a table. Tokens are counted by the
-encoders that training uses, so this takes as long as an epoch of preparing data.
+Writes tokens-PAIR.npy and .json beside the shards; data.lengths=measured puts batches together by
+them. Also writes tokens-PAIR.png with histograms, and prints a table. The encoders of training
+count the tokens, so this takes as long as preparing one epoch of data.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WHOLE = 1 << 30  # no truncation: the recipe's max_length is applied when the ta
 
 
 class CountedSamples:
-    """Item i = the counts of sample i by the table's columns, or why there are none."""
+    """Gives for sample i its counts by the table's columns, or why there are none."""
 
     def __init__(self, index: ShardIndex, encoders: "dict[str, ChatEncoder]") -> None:
         self.reader, self.encoders = ShardReader(index), encoders
@@ -86,7 +86,7 @@ def count(
 
 
 def write(index: ShardIndex, digests: dict[str, str], table: np.ndarray) -> Path:
-    """The table beside the shards, its facts written last."""
+    """Write the table beside the shards, its facts last."""
     path = table_path(index.directory, digests)
     with temporary(path).open("wb") as file:
         np.save(file, table, allow_pickle=False)

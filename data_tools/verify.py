@@ -1,4 +1,4 @@
-"""Scan a folder of shards whole: file hashes, every sample's crc32 and decoding, its tar keys.
+"""Scans a folder of shards whole: file hashes, every sample's crc32 and decoding, its tar keys.
 
 Prints one line per defect. The keys are also read sequentially with webdataset's own stages, as
 any webdataset user would, and must be the same in the same order.
@@ -24,7 +24,7 @@ EXAMPLE = """example:
 
 
 def defects(index: ShardIndex, reader: ShardReader) -> Iterator[str | None]:
-    """Scan shard by shard: one item per sample, a line for a bad one and None for a sound one.
+    """Scan shard by shard: one item per sample, a line for a bad sample, None for a sound one.
 
     Lines about whole files come in between.
     """
@@ -58,7 +58,7 @@ def defects(index: ShardIndex, reader: ShardReader) -> Iterator[str | None]:
 
 
 def _sequential_defect(path: Path, keys: list[str], is_mix: bool) -> str | None:
-    """Compare the index's keys with what plain webdataset reads; a mix may lack some of them."""
+    """Compare the index's keys with those that plain webdataset reads; a mix may lack some."""
     expand, group = tar_stages()
     with path.open("rb") as stream:
         try:

@@ -1,7 +1,7 @@
 """Writes a folder of shards: tars, index.npy, then manifest.json as the mark of completeness.
 
-Every file is written under a temporary name, flushed to disk and renamed, and nothing depends on
-time, user or machine: the same samples give the same bytes.
+Every file is written under a temporary name, flushed to disk and renamed. Nothing depends on time,
+user or machine: the same samples give the same bytes.
 """
 
 import hashlib
@@ -121,7 +121,7 @@ class ShardFile:
 
 
 class ShardWriter:
-    """Packs samples into shards of `shard_size`: write many times, then finish once.
+    """Writes samples into shards of `shard_size`: write many times, then finish once.
 
     A folder without finish has no manifest and no reader accepts it.
     """
@@ -137,7 +137,7 @@ class ShardWriter:
         self._close_full()
 
     def copy(self, data: bytes, kind: str, facts: dict[str, int]) -> None:
-        """Append one sample as the tar bytes of another folder; see ShardFile.append_bytes."""
+        """Append one sample as tar bytes from another folder; see ShardFile.append_bytes."""
         self._current().append_bytes(data, kind, facts)
         self._close_full()
 

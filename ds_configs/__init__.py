@@ -1,4 +1,4 @@
-"""DeepSpeed JSON templates, structure only: numbers come from the recipe (genrecal_ds/recipe).
+"""Holds DeepSpeed JSON templates, structure only; the recipe gives the numbers.
 
 This package holds no code. It is one so that an installed wheel carries the JSON files.
 """

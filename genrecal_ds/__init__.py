@@ -1,6 +1,6 @@
-"""genrecal_ds: distil a large VLM into a small one that shares neither tokenizer nor architecture.
+"""Distils a large VLM into a small one that shares neither tokenizer nor architecture.
 
-The way of the data:
+The data's path:
 
     sources --data_tools--> shards + index --plan--> PairBatch
       PairBatch --> teacher body (frozen, ZeRO-3) --+

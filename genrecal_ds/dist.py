@@ -1,4 +1,4 @@
-"""Ranks and the few collectives the library needs. Every function works without a process group."""
+"""Knows this process's rank and offers the few collectives; works without a process group."""
 
 import functools
 import gc
@@ -39,7 +39,7 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Leave the process group. The barrier: a rank that leaves early resets its peers' sockets."""
+    """Leave the process group, all together: a rank that left early would reset peers' sockets."""
     if is_initialized():
         torch_dist.barrier()
         torch_dist.destroy_process_group()
@@ -56,7 +56,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, on every rank; small ones, they are pickled."""
+    """Return every rank's value on every rank. Values are pickled, so they should be small."""
     if not is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -66,7 +66,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 @functools.cache
 def host_group() -> torch_dist.ProcessGroup | None:
-    """The ranks of this rank's host; None where all ranks are on it. A collective, once."""
+    """Return the group of this host's ranks; None where there is one host. A collective, once."""
     names = gather_objects(socket.gethostname())
     if len(set(names)) == 1:
         return None
@@ -78,7 +78,7 @@ def host_group() -> torch_dist.ProcessGroup | None:
 
 
 def from_main(value: Any) -> Any:
-    """The main rank's value, on every rank; those of the others are not looked at."""
+    """Return the main rank's value on every rank; the other ranks' values are ignored."""
     if not is_initialized():
         return value
     values = [value]

@@ -36,7 +36,7 @@ ONE_RELEASE = "take all its files from one release"
 
 @dataclass
 class Case:
-    """What the sections share; a part that was refused is not in it."""
+    """Holds what the sections share; a part that was refused is missing."""
 
     recipe: Recipe
     report: Report
@@ -55,7 +55,7 @@ class Case:
 
 
 def models(case: Case) -> None:
-    """Both folders, from their config and the headers of their weights."""
+    """Show both models, from their config and the headers of their weights."""
     from genrecal_ds.estimate.describe import describe_blocks
     from genrecal_ds.estimate.sizes import body_of
     from genrecal_ds.models.loading import Checkpoint, find_sources
@@ -102,7 +102,7 @@ def models(case: Case) -> None:
 
 
 def tokenizers(case: Case) -> None:
-    """Vocabularies and templates, as every sample will go through them."""
+    """Show the vocabularies and templates that every sample goes through."""
     from genrecal_ds.models.chat import ChatEncoder
     from genrecal_ds.models.vlm import read_config
     from genrecal_ds.training.inputs import allow_code
@@ -128,7 +128,7 @@ def tokenizers(case: Case) -> None:
 
 
 def samples(case: Case) -> None:
-    """What is taught on real samples, then their lengths and why some are left out."""
+    """Show what is taught on real samples, then their lengths and why some are left out."""
     from genrecal_ds.analysis import samples as view
     from genrecal_ds.data.loader import PairEncoders
 
@@ -175,7 +175,7 @@ def _lengths(
 
 
 def all_lengths(case: Case) -> None:
-    """The same of every sample, where data.lengths has them measured."""
+    """Show the lengths of every sample, where data.lengths is measured."""
     from genrecal_ds.data.lengths import load_table
 
     if case.recipe.data.lengths != "measured":
@@ -198,7 +198,7 @@ def all_lengths(case: Case) -> None:
 
 
 def stages(case: Case) -> None:
-    """What trains, and what a stage starts from."""
+    """Show what trains in each stage, and what the stage starts from."""
     from genrecal_ds.estimate.describe import freeze_map
 
     for stage in case.recipe.stages:
@@ -213,7 +213,7 @@ def stages(case: Case) -> None:
 
 
 def _starts(case: Case, stage: StageConfig) -> None:
-    """The folders that a stage names; those of earlier stages do not exist yet."""
+    """Check the folders that a stage names; folders of earlier stages do not exist yet."""
     import torch
 
     from genrecal_ds.models.loading import Checkpoint, find_sources
@@ -238,7 +238,7 @@ def _starts(case: Case, stage: StageConfig) -> None:
 
 
 def memory(case: Case) -> None:
-    """Whether ranks divide the batch, and whether each stage fits."""
+    """Check that the ranks divide the batch and that each stage fits in memory."""
     from genrecal_ds.estimate.sizes import load_of
 
     report, cluster = case.report, case.cluster
@@ -280,7 +280,7 @@ def _fit(report: Report, stage: str, found: Estimate, cluster: Cluster) -> None:
 
 
 def data(case: Case) -> None:
-    """Every folder of shards; case.indices holds those that open_shards could read."""
+    """Show every folder of shards; case.indices holds the folders that open_shards could read."""
     for key, folder in _folders(case.recipe).items():
         index = case.indices.get(folder)
         facts = "refused, see above"
@@ -306,7 +306,7 @@ def _folders(recipe: Recipe) -> dict[str, str]:
 
 
 def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> None:
-    """All sections, in order; each prints what it can."""
+    """Run all sections in order; each prints what it can."""
     case = Case(recipe, report)
     open_shards(case)
     with report.attempt("--hostfile"):

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Imports nothing: every room may use it."""
+"""Defines UserError, a mistake that the user can mend. Imports nothing: every room may use it."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""The student as a plain Hugging Face folder; nothing of the Recalibrator in it.
+"""Writes the student as a plain Hugging Face folder; the Recalibrator is left out.
 
 python -m genrecal_ds.export runs/demo/sft OUT                       a finished stage
 python -m genrecal_ds.export runs/demo/sft/checkpoints/step-00000100 OUT   one in the middle

@@ -1,4 +1,4 @@
-"""How a run stands, from its folder alone: needs no torch, no GPU and no running process.
+"""Prints how a run stands, from its folder alone: needs no torch, GPU or running process.
 
 python -m genrecal_ds.status RUN [--json]
 """
@@ -47,14 +47,14 @@ def state_of(run: Path) -> str:
 
 
 def stages_of(run: Path) -> Iterator[dict[str, Any]]:
-    """Facts of every stage that was started, in the order of their starts."""
+    """Collect the facts of every stage that was started, in the order of their starts."""
     starts = run.glob("*/start.json")
     for start in sorted(starts, key=lambda path: path.stat().st_ctime_ns):
         yield stage_facts(start.parent)
 
 
 def stage_facts(folder: Path) -> dict[str, Any]:
-    """Step, rest, speed, last checkpoint and faults of one stage."""
+    """Collect step, time left, speed, last checkpoint and faults of one stage."""
     steps = json.loads((folder / "start.json").read_text()).get("steps")
     lines, ledger = _lines(folder / "metrics.jsonl"), _lines(folder / "ledger.jsonl")
     last = lines[-1] if lines else {}
@@ -83,7 +83,7 @@ def stage_facts(folder: Path) -> dict[str, Any]:
 
 
 def show(state: dict[str, Any], console: Console) -> None:
-    """A table for people."""
+    """Print the facts as a table."""
     console.print(f"{state['run']}: {state['state']}", soft_wrap=True)
     table = Table("stage", "step", "left", "s/step", "tokens/s", "loss", "checkpoint", "faults")
     for stage in state["stages"]:
@@ -108,7 +108,7 @@ def show(state: dict[str, Any], console: Console) -> None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a log that may be written to right now."""
+    """Read the whole lines of a log that may be being written."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]

@@ -1,1 +1,1 @@
-"""Starting runs: train.py, the demo, recipes, SLURM jobs, containers."""
+"""Starts runs: train.py, several hosts, recipes, grids, the demo, SLURM jobs, containers."""

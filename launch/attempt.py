@@ -1,4 +1,4 @@
-"""A start of a run: its folder of logs and facts, and how it ended.
+"""Records one start of a run: its folder of logs and facts, and how it ended.
 
 RUN/logs/attempt-001/    attempt.json (when, git hash, where, how far the run was), recipe.yaml as
                          resolved, one log per host or job step
@@ -51,7 +51,7 @@ def begin(recipe: Recipe, **facts: Any) -> Path:
 
 
 def git_hash() -> str | None:
-    """Of the code that runs, + where files differ from it; None outside of a repository."""
+    """Return the commit of the code that runs, with + where files differ; None without git."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -64,7 +64,7 @@ def git_hash() -> str | None:
 
 
 def progress(recipe: Recipe) -> dict[str, int]:
-    """Steps trained so far, by stage: the ledger's last line that is whole."""
+    """Return the steps trained so far, by stage, from the ledger's last whole line."""
     steps = {}
     for stage in recipe.stages:
         path = recipe.run_dir / stage.name / "ledger.jsonl"
@@ -74,7 +74,7 @@ def progress(recipe: Recipe) -> dict[str, int]:
 
 
 def outcome(recipe: Recipe, stage: str | None = None) -> str:
-    """How the run stands by its markers: done, stopped (can go on) or failed."""
+    """Return how the run stands by its markers: done, stopped (can go on) or failed."""
     folder = recipe.run_dir / stage if stage else recipe.run_dir
     if (folder / "DONE").is_file():
         return "done"
@@ -82,7 +82,7 @@ def outcome(recipe: Recipe, stage: str | None = None) -> str:
 
 
 def is_stuck(recipe: Recipe) -> bool:
-    """Whether the last attempts all began where the run still is: another would do the same."""
+    """Whether the last attempts all began where the run still is: another would not help."""
     found = sorted((recipe.run_dir / "logs").glob("attempt-*/attempt.json"))
     if len(found) < MAX_WITHOUT_PROGRESS:
         return False

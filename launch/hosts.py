@@ -1,8 +1,8 @@
-"""Start a run over the hosts of a file, and end it everywhere.
+"""Starts a run on every host of a hostfile, and ends it on all of them.
 
-DeepSpeed's multi-node launcher is not used: it puts hosts and environment into shell commands,
-reads a .deepspeed_env that may lie about, ends ranks by a pattern on every host, and can report
-success when its child died by a signal. Its per-host launcher is, by launch/node.py.
+DeepSpeed's multi-node launcher is not used. It puts hosts and environment into shell commands,
+reads a .deepspeed_env file if there is one, ends ranks by a pattern on every host, and can report
+success when its child died by a signal. launch/node.py uses DeepSpeed's per-host launcher.
 """
 
 import json
@@ -43,7 +43,7 @@ def run_over(hosts: dict[str, int], arguments: list[str], master: str, logs: Pat
 
     hosts: {name: ranks}, as read_hostfile returned it. master: HOST:PORT on the first of them.
     logs: a folder for one log per host. SIGUSR1, SIGTERM and Ctrl-C stop the run at the next step
-    on all hosts; a second Ctrl-C or SIGTERM kills it. Raises UserError for hosts that cannot be.
+    on all hosts; a second Ctrl-C or SIGTERM kills it. Raises UserError for impossible hosts.
     """
     is_local = len(hosts) == 1 and next(iter(hosts)) in LOCAL_HOSTS
     if not is_local and (wrong := [host for host in hosts if host in LOCAL_HOSTS]):
@@ -75,7 +75,7 @@ class Node:
         self.say(json.dumps(_environment()))
 
     def say(self, line: str) -> None:
-        """To launch/node.py; not heard by one that has ended."""
+        """Send a word to the host's launch/node.py; a host that has ended ignores it."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(line + "\n")
@@ -130,7 +130,7 @@ def _forward_signals(nodes: list[Node]) -> None:
 
 
 def _wait(nodes: Iterable[Node]) -> int:
-    """Until all have ended; the first that fails takes the others along."""
+    """Wait until all hosts have ended; the first that fails ends the others."""
     running, first_code = list(nodes), 0
     while running:
         for node in list(running):

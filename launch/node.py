@@ -1,10 +1,10 @@
-"""One host's part of a run: DeepSpeed's per-host launcher, and a way to end it from afar.
+"""Runs one host's part of a run by DeepSpeed's launcher; can be ended from afar.
 
 python -m launch.node --hosts a:8,b:8 --node-rank 1 --master a:29500 [--control] -- RECIPE ...
 
-With --control the first line of stdin is the environment as JSON (so no value meets a shell or a
-process list), later lines are `stop` or `kill`, and its end means that whoever started us is gone.
-Only processes started from here are ever signalled, by their pids.
+With --control the first line of stdin is the environment as JSON, so no value meets a shell or a
+process list. Later lines are `stop` or `kill`. The end of stdin means that the starting process is
+gone. Only processes started from here are ever signalled, by their pids.
 """
 
 import argparse
@@ -32,7 +32,7 @@ GRACE_SECONDS = 20.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code of the host's ranks; 128 + n where a signal n ended them."""
+    """Run the ranks; return their exit code, 128 + n where a signal n ended them."""
     arguments = _parse(argv)
     messages: Messages = queue.SimpleQueue()  # may be put to from a signal handler
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(arguments: argparse.Namespace) -> list[str]:
-    """DeepSpeed's per-host launcher for this host."""
+    """Return the command of DeepSpeed's per-host launcher for this host."""
     world = {host: list(range(slots)) for host, slots in arguments.hosts.items()}
     address, port = arguments.master.rsplit(":", 1)
     return [
@@ -59,7 +59,7 @@ def command(arguments: argparse.Namespace) -> list[str]:
 
 
 class Ranks:
-    """DeepSpeed's launcher and the ranks that it started."""
+    """Holds DeepSpeed's launcher and the ranks that it started."""
 
     def __init__(self, launcher: subprocess.Popen, messages: Messages):
         self.launcher, self.messages = launcher, messages

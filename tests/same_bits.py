@@ -50,7 +50,9 @@ def recipe_of(name: str, folder: Path, side: str, project: Path, steps: int, ran
     tree = yaml.safe_load((ROOT / f"launch/recipes/{name}.yaml").read_text())
     tree |= {
         "precision": "fp32", "deterministic": True,
-        "teacher": {"path": str(folder / "teacher_init"), "cache": str(folder / side / f"rows_{name}")},
+        "teacher": {
+            "path": str(folder / "teacher_init"), "cache": str(folder / side / f"rows_{name}"),
+        },
         "student": {"path": str(folder / "student_init")},
         "data": {split: str(folder / split) for split in ("train", "validation")},
         "batch": {"global_batch": 4 * ranks, "micro_batch": 2},

@@ -1,4 +1,4 @@
-"""Sources of samples: each module reads one kind of input.
+"""Reads samples from sources: each module knows one kind of input.
 
 A module has one public function, `open_source(path, *, ...) -> Source`; its keyword arguments are
 the options of data_tools.build that the format takes. A bad row is a SampleError with its own

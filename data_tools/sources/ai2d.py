@@ -1,4 +1,4 @@
-"""AI2D: questions/{image}.json, four options a question; ai2d_test_ids.csv is the test set."""
+"""Reads AI2D: questions/{image}.json, four options each; ai2d_test_ids.csv is the test set."""
 
 import csv
 from pathlib import Path

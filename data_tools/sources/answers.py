@@ -1,4 +1,4 @@
-"""What benchmark sources share: ten human answers, and lettered options."""
+"""Checks and formats what benchmarks share: questions, human answers, lettered options."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""ChartQA: {split}/{split}_human.json and {split}_augmented.json, pictures in {split}/png."""
+"""Reads ChartQA: {split}_human.json and {split}_augmented.json, pictures in {split}/png."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Conversations as people store them -> messages: LLaVA, ShareGPT, chat messages, one question."""
+"""Turns stored conversations (LLaVA, ShareGPT, chat, one question) into messages."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _MARK = re.compile(r"\n?<image>\n?")
 
 
 def to_messages(item: dict[str, Any], num_images: int) -> list[dict[str, Any]]:
-    """The messages of one item, its pictures where the text has `<image>`.
+    """Return the messages of one item, its pictures where the text has `<image>`.
 
     Accepts `conversations` ({from, value}), `messages` ({role, content}, content a text or parts)
     or `question` with `answer`. The line breaks around a mark belong to the mark, as in LLaVA's
@@ -44,9 +44,9 @@ def to_messages(item: dict[str, Any], num_images: int) -> list[dict[str, Any]]:
 
 
 def images_of(item: dict[str, Any]) -> list[Any]:
-    """The item's pictures as they are stored: `image` or `images`, one or a list; null is none.
+    """Return the item's pictures as stored: `image` or `images`, one or a list; null is none.
 
-    Raises SampleError image_count where both keys hold some: one of them would be left out.
+    Raises SampleError image_count where both keys hold pictures: one key would be left out.
     """
     found = [value for key in ("image", "images") if (value := item.get(key)) not in (None, [])]
     if len(found) > 1:
@@ -66,25 +66,25 @@ def answers_of(item: dict[str, Any]) -> list[str]:
 
 
 def scored_answers(item: dict[str, Any]) -> list[str]:
-    """answers_of, or none where an item has none: a conversation."""
+    """Return answers_of, or nothing where the item is a conversation and has no answers."""
     has_answers = item.get("answers") or item.get("answer") is not None
     return answers_of(item) if has_answers else []
 
 
 def kind_of(item: dict[str, Any], default: str) -> str:
-    """What the item says it comes from, for counting and scoring by kind."""
+    """Return the source that the item names, for counting and scoring by kind."""
     kinds = (item.get(key) for key in ("data_source", "source", "kind"))
     return next((kind for kind in kinds if isinstance(kind, str) and kind), default)
 
 
 def id_of(item: dict[str, Any]) -> str:
-    """The item's own id, never used as a name: it may repeat or hold anything."""
+    """Return the item's own id. It is never used as a name: it may repeat or hold anything."""
     value = item.get("id", "")
     return str(value) if isinstance(value, str | int) else ""
 
 
 def _is_answer(value: Any) -> bool:
-    """Text or a number; NaN is how tables say that there is none."""
+    """Whether a value is an answer: text or a number. NaN means that a table has none."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, str | int) and not isinstance(value, bool)
@@ -106,7 +106,7 @@ def _message(turn: Any, number: int) -> dict[str, Any]:
 
 
 def _parts(text: str) -> list[dict[str, str]]:
-    """Text around the marks; a turn without any text keeps one empty part for the checker."""
+    """Split a text at its marks; a turn without any text keeps one empty part for the checker."""
     parts: list[dict[str, str]] = []
     for number, piece in enumerate(_MARK.split(text)):
         if number:
@@ -129,7 +129,7 @@ def _stored_part(part: Any, number: int) -> list[dict[str, str]]:
 
 
 def _require_count(messages: list[dict[str, Any]], num_images: int) -> None:
-    """A wrong count would shift every later picture, so nothing is guessed."""
+    """Refuse a wrong count of pictures: a guess would shift every later picture."""
     found = sum(part["type"] == "image" for message in messages for part in message["content"])
     if found != num_images:
         raise SampleError("image_count", f"{found} <image> marks but {num_images} images")

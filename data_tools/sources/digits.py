@@ -1,4 +1,4 @@
-"""Scenes of real handwritten digits (scikit-learn's load_digits) with questions about them.
+"""Draws scenes of real handwritten digits (scikit-learn's load_digits) and asks about them.
 
 A scene is a 2 x 2 grid of digit images. The source images, not the scenes, are divided into
 train, validation and heldout: no handwriting is ever seen in two splits. Kinds of questions,
@@ -11,8 +11,8 @@ after the benchmarks they imitate:
              teacher does not learn it in minutes)
     sum_text text only: no picture at all
 
-wrong_share: that share of train's turns is taught another scene's answer to the same question.
-Pictures, questions and `answers` stay what they are without it, sample by sample.
+wrong_share: this share of train's turns is taught another scene's answer to the same question.
+Pictures, questions and `answers` stay the same, sample by sample.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def open_source(
 
 
 class Asked(NamedTuple):
-    """A turn."""
+    """One turn: a question about a scene, and its answer."""
 
     question: str
     answer: str  # as taught
@@ -122,7 +122,7 @@ class Digits:
         )
 
     def _draw(self, kind: str, grid: np.ndarray, row: int, column: int) -> Draw:
-        """How to ask the same of other digits, as many as in grid."""
+        """Return a function that asks the same of other digits, as many as in grid."""
 
         def draw(generator: np.random.Generator) -> Asked:
             if kind == "box":  # the digit of the question lies in another cell there
@@ -133,9 +133,9 @@ class Digits:
         return draw
 
     def _taught(self, asked: list[Asked], draws: list[Draw], entropy: list[int]) -> list[Asked]:
-        """The turns, wrong_share of them with the answer of a scene where the final one differs.
+        """Return the turns; wrong_share of them have the answer of a scene that answers otherwise.
 
-        From a generator of its own, so that nothing else of a sample depends on wrong_share.
+        A generator of its own decides, so that nothing else of a sample depends on wrong_share.
         """
         generator = np.random.default_rng([*entropy, 1])
         is_wrong = generator.random(len(asked)) < self.wrong_share
@@ -161,7 +161,7 @@ def load_split(split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _place(kind: str, grid: np.ndarray, generator: np.random.Generator) -> tuple[int, int]:
-    """(row, column) that is asked about; of box, of a digit seen once where there is one."""
+    """Choose the (row, column) that is asked about; for box, a digit that occurs once, if any."""
     row, column = generator.integers(len(grid), size=2)
     unique = [p for p in np.ndindex(grid.shape) if (grid == grid[p]).sum() == 1]
     if kind == "box" and unique:

@@ -1,4 +1,4 @@
-"""DocVQA: {split}_v1.0.json or {split}_v1.0_withQT.json, whose `image` begins with documents/."""
+"""Reads DocVQA: {split}_v1.0.json or {split}_v1.0_withQT.json; pictures are in documents/."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def open_source(path: str, *, split: str = "train", images: str | None = None) -
 
 
 class DocVqa(RowSource):
-    """Rows are the questions, in the file's order. Taught is the first answer."""
+    """Rows are the questions, in the file's order. The first answer is taught."""
 
     name = "docvqa"
 

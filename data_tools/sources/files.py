@@ -1,4 +1,4 @@
-"""What sources read from disk: strict JSON, and pictures that must lie inside their root."""
+"""Reads a source's files: strict JSON, and pictures from below their root folder only."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ _SIGNATURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 
 
 class ImageRoot:
-    """Pictures below one folder. No path leaves it: not by `..`, not by `/`, not by a symlink."""
+    """Reads pictures below one folder. No path leaves the folder by `..`, `/` or a symlink."""
 
     def __init__(self, folder: str | Path) -> None:
         if not Path(folder).is_dir():
@@ -43,7 +43,7 @@ class ImageRoot:
 
 
 def with_extension(data: bytes) -> tuple[str, bytes]:
-    """(extension by the bytes' signature, bytes): names lie. Raises SampleError."""
+    """(extension by the bytes' signature, bytes); the name is not trusted. Raises SampleError."""
     if len(data) > MAX_IMAGE_BYTES:
         raise SampleError("image_bytes", f"more than {MAX_IMAGE_BYTES} bytes")
     for signature, extension in _SIGNATURES.items():
@@ -55,7 +55,7 @@ def with_extension(data: bytes) -> tuple[str, bytes]:
 
 
 def read_json(path: Path) -> Any:
-    """A whole annotation file. Raises UserError naming the file: it has no rows to reject."""
+    """Read a whole annotation file. Raises UserError naming the file: no row could be rejected."""
     try:
         return parse_json(path.read_bytes())
     except OSError as error:

@@ -1,7 +1,7 @@
-"""LLaVA and ShareGPT annotations: a JSON array or JSON lines of conversations, beside pictures.
+"""Reads LLaVA and ShareGPT conversations from a JSON array or JSON lines, beside pictures.
 
-Only the places of the rows are kept, and each row is parsed when it is read: a million
-conversations need megabytes, not gigabytes. An array's text is held while it is scanned, once.
+Only the places of the rows are kept, and each row is parsed when it is read. So a million
+conversations need megabytes, not gigabytes. An array's text is held once, while it is scanned.
 """
 
 import json
@@ -87,8 +87,8 @@ def _line_spans(path: Path) -> Iterator[tuple[int, int]]:
 def _array_spans(path: Path) -> Iterator[tuple[int, int]]:
     """Byte spans of the items of a JSON array.
 
-    The json scanner finds where an item ends, and what it parsed is dropped at once. Positions
-    are characters for it; the running byte offset is kept beside them.
+    The json scanner finds where an item ends, and the parsed item is dropped at once. The scanner
+    counts characters; a running byte offset is kept beside its positions.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -127,7 +127,7 @@ def _after_space(text: str, position: int) -> int:
 
 
 def _require_end(path: Path, text: str, position: int) -> None:
-    """Two files pasted together would otherwise lose the second."""
+    """Refuse text behind the array: else the second of two joined files would be lost."""
     position = _after_space(text, position)
     if position != len(text):
         raise _not_json(path, text, position, "something follows the array")

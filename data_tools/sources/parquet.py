@@ -1,8 +1,9 @@
-"""Parquet files and Hugging Face `save_to_disk` folders, streamed by pyarrow.
+"""Streams parquet files and Hugging Face `save_to_disk` folders through pyarrow.
 
-Files are memory-mapped and read a few rows at a time: a row group of many gigabytes is never held
-whole. What is held is the page in use where pages are compressed; pyarrow writes up to 1024 rows a
-page. Only plain Arrow types are read; a path without bytes is never opened, a URL never fetched.
+Files are memory-mapped and read a few rows at a time, so a row group of many gigabytes is never
+held whole. Where pages are compressed, the page in use is held; pyarrow writes up to 1024 rows a
+page. Only plain Arrow types are read. A path without bytes is never opened, and a URL is never
+fetched.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ def open_source(path: str, *, split: str | None = None) -> "Parquet":
 
 
 class Facts(NamedTuple):
-    """What the head and foot of one file say."""
+    """The facts in the head and foot of one file."""
 
     num_rows: int
     columns: list[str]
@@ -263,7 +264,7 @@ def _wanted(batches: Any, skip: int, count: int) -> Iterator[dict[str, Any] | Sa
 
 
 def _dicts(batch: Any) -> list[dict[str, Any] | SampleError]:
-    """Checked first: offsets are another's data, and Python would follow them anywhere."""
+    """Turn rows into dicts after a check: a hostile file's offsets could point anywhere."""
     try:
         batch.validate(full=True)
         return batch.to_pylist()

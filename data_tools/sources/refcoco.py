@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: refs(...).p, a pickle of plain lists, and COCO's instances.json.
+"""Reads RefCOCO, RefCOCO+ and RefCOCOg: the pickle refs(...).p and COCO's instances.json.
 
 The pickle is read by an unpickler that refuses every class and every function, so reading it can
 run nothing.

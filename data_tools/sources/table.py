@@ -1,7 +1,7 @@
-"""CSV and TSV: columns question and answer, pictures as paths or base64; VLMEvalKit's too.
+"""Reads CSV and TSV, VLMEvalKit's too: question, answer, pictures as paths or base64.
 
-One pass finds where the records begin (a field may hold line breaks); a record is parsed again
-when it is read.
+One pass finds where the records begin, because a field may hold line breaks. A record is parsed
+again when it is read.
 """
 
 import base64
@@ -116,7 +116,7 @@ class Table(RowSource):
 
 
 class _Lines:
-    """Decoded lines of a byte range, and how far they have been read."""
+    """Gives the decoded lines of a byte range, and counts how far they have been read."""
 
     def __init__(self, path: Path, start: int, end: int | None) -> None:
         self.path, self.offset, self.end = path, start, end
@@ -135,7 +135,7 @@ class _Lines:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """csv's limit of 128 KiB a field is smaller than a picture; it is one for the process."""
+    """Raise csv's limit of 128 KiB a field, which a picture exceeds, for the whole process."""
     before = csv.field_size_limit(MAX_FIELD_CHARS)
     try:
         yield
@@ -154,7 +154,7 @@ def _decoded(text: str) -> tuple[str, bytes]:
 
 
 def _question(row: dict[str, str]) -> str:
-    """With hint and options. Raises SampleError question, options."""
+    """Return the question with hint and options. Raises SampleError question, options."""
     question = row["question"].strip()
     if not question:
         raise SampleError("question", "the question is empty")
@@ -168,7 +168,7 @@ def _question(row: dict[str, str]) -> str:
 
 
 def _options(row: dict[str, str]) -> list[str]:
-    """A, B, C, ... up to the last one that is not empty."""
+    """Return the options A, B, C, ... up to the last one that is not empty."""
     options = [row.get(letter, "").strip() for letter in LETTERS]
     while options and not options[-1]:
         options.pop()

@@ -1,4 +1,4 @@
-"""TextVQA 0.5.1: TextVQA_0.5.1_{split}.json; the pictures of train and val are in train_images."""
+"""Reads TextVQA 0.5.1: TextVQA_0.5.1_{split}.json, pictures in train_images."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""VQAv2 and OK-VQA: a file of questions and a file of annotations, joined by question_id."""
+"""Reads VQAv2 and OK-VQA: joins the files of questions and annotations by question_id."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ SPLITS = ("train", "val")
 def open_vqav2(path: str, *, split: str = "train", images: str | None = None) -> "Vqa":
     """path holds v2_OpenEnded_mscoco_{split}2014_questions.json and v2_mscoco_..._annotations.json.
 
-    images: default path/{split}2014. Taught is multiple_choice_answer.
+    images: default path/{split}2014. multiple_choice_answer is taught.
     """
     return Vqa("vqav2", "v2_", Path(path), split, images)
 
 
 def open_okvqa(path: str, *, split: str = "train", images: str | None = None) -> "Vqa":
-    """As VQAv2, without `v2_` in the names. Taught is the most frequent of the ten answers."""
+    """path holds VQAv2's names without `v2_`. The most frequent of the ten answers is taught."""
     return Vqa("okvqa", "", Path(path), split, images)
 
 
@@ -86,7 +86,7 @@ def _list(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _refuse_vqa_v1(path: Path, annotations: Any) -> None:
-    """VQA v1's files have OK-VQA's names; only OK-VQA's answers have a raw_answer."""
+    """Refuse VQA v1: its files have OK-VQA's names, but its answers have no raw_answer."""
     first = next(iter(_list(annotations, "annotations", path)), {})
     if not all("raw_answer" in answer for answer in first.get("answers") or [{}]):
         raise UserError(f"{path}: answers have no raw_answer, so this is VQA v1, not OK-VQA")

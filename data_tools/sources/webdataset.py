@@ -1,7 +1,7 @@
-"""Other people's webdataset shards, checked whole before a sample of them is taken.
+"""Reads other people's webdataset shards, each checked whole before its first sample.
 
-webdataset ends a damaged tar in silence, merges keys with dots, and its decoder unpickles. Here a
-shard with anything unexpected in it is refused by name, nothing is unpacked and nothing is run.
+webdataset ends a damaged tar in silence, merges keys with dots, and its decoder unpickles. This
+module refuses a shard with anything unexpected in it, by name. It unpacks nothing and runs nothing.
 """
 
 import hashlib
@@ -127,7 +127,7 @@ def _read(entry: _Entry, extension: str, limit: int) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """A descriptor of a regular file; a FIFO would block for ever, a link could lead anywhere."""
+    """Open a regular file only: a FIFO would block for ever, a link could lead anywhere."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -139,7 +139,7 @@ def _open(path: Path) -> int:
 
 
 def _natural(name: str) -> tuple[int | str, ...]:
-    """img2 before img10."""
+    """Sort names by their numbers: img2 before img10."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
@@ -171,9 +171,9 @@ def _scan(path: Path) -> Iterator[_Entry]:
 
 
 def _require_tail(path: Path, file: IO[bytes], end: int) -> None:
-    """A whole tar ends in two zero blocks, and zeros are all that follows.
+    """Require that a tar ends in two zero blocks, with only zeros behind them.
 
-    tarfile takes damage between members for the end, and stops before a tar that was appended.
+    tarfile takes damage between members for the end, and stops before an appended tar.
     """
     file.seek(end)
     length = 0

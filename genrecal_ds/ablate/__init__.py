@@ -1,1 +1,1 @@
-"""Arms of an experiment over seeds, as tables: `python -m genrecal_ds.ablate`."""
+"""Compares arms of an experiment over seeds, as tables: `python -m genrecal_ds.ablate`."""

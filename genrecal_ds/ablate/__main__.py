@@ -1,13 +1,14 @@
-"""Train and score every arm of a grid under every condition with every seed, and make the tables.
+"""Trains and scores every arm of a grid under every condition and seed; makes the tables.
 
     python -m genrecal_ds.ablate RECIPE.yaml --grid GRID.yaml --out runs/ablation --jobs 2
     sbatch --array 0-15 launch/slurm/ablate.sbatch RECIPE.yaml --grid GRID.yaml --out runs/ablation
     python -m genrecal_ds.ablate RECIPE.yaml --grid GRID.yaml --out runs/ablation --table
 
 A run is a folder, OUT/ARM/seed-N, or OUT/CONDITION/ARM/seed-N where the grid has conditions.
-Started again, done runs are kept and cut ones go on. The tables, OUT/tables.md and OUT/tables.json,
-are of what is there, and say when that is a part; behind the scores' stand the last probes of the
-arms that have them. What a grid file holds: genrecal_ds/ablate/grid.py.
+When the command is started again, finished runs are kept and interrupted runs go on. The tables,
+OUT/tables.md and OUT/tables.json, hold the finished runs and say which are missing. Behind the
+tables of scores stand the last probes of arms that have probes. genrecal_ds/ablate/grid.py says
+what a grid file holds.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from genrecal_ds.recipe.hostfile import free_port
 
 
 def perform(run: Run, grid: Grid, launcher: Sequence[str], num_threads: int) -> str:
-    """Train, then score; its output goes to the run's folder. Returns what to tell of it.
+    """Train and score one run; output goes to the run's folder. Returns a line about it.
 
     Raises UserError where a command failed, naming the log.
     """
@@ -48,7 +49,7 @@ def perform(run: Run, grid: Grid, launcher: Sequence[str], num_threads: int) -> 
 
 
 def _seconds(run: Run) -> float:
-    """Of training, those of earlier starts included."""
+    """The seconds of training, earlier starts included."""
     path = run.folder / "seconds.json"
     return float(path.read_text()) if path.is_file() else 0.0
 
@@ -68,7 +69,7 @@ def _command(run: Run, command: list[str], num_threads: int) -> None:
 
 
 def write_tables(grid: Grid, runs: Sequence[Run], out: Path) -> str:
-    """Both files; the Markdown is returned."""
+    """Write both files; return the Markdown."""
     scores, found = table.tables_of(grid, runs), probes.probe_tables(grid, runs)
     text = "\n".join(filter(None, (table.markdown(scores), probes.markdown(found))))
     both = table.as_json(scores) | probes.as_json(found)
@@ -81,7 +82,7 @@ def write_tables(grid: Grid, runs: Sequence[Run], out: Path) -> str:
 def perform_all(
     runs: Sequence[Run], grid: Grid, launcher: Sequence[str], jobs: int, num_all: int
 ) -> list[str]:
-    """What failed. One failure ends no other run."""
+    """Perform all runs and return what failed. A failure ends no other run."""
     num_threads = max(1, (os.cpu_count() or 1) // jobs)
     failures: list[str] = []
 

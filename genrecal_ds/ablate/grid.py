@@ -1,4 +1,4 @@
-"""A grid: arms, each a recipe with changed keys, times conditions, times seeds, as a list of runs.
+"""Reads a grid file and lists its runs: arms (recipes with changed keys), conditions, seeds.
 
     shards: runs/demo/data/heldout        # what the last stage's student is scored on
     seeds: [1, 2, 3]
@@ -17,7 +17,7 @@
     controls: [SFT]                       # differences are to each of these arms instead
 
 A seed decides the Recalibrator's first weights and every stage's order of samples. Stages are
-counted from the end, so that the last stages of two arms see the same samples in the same order:
+counted from the end. So the last stages of two arms see the same samples in the same order, and
 arms are compared seed by seed, within a condition.
 """
 
@@ -86,7 +86,7 @@ class Grid(Section):
 
     @property
     def headings(self) -> list[str]:
-        """Of all tables, those of probes included."""
+        """The headings of all tables, including those of probes."""
         places = product(self.tables or (ALL_ARMS,), self.contexts, (None, *self.measures))
         return [heading(*place) for place in (*places, *product((PROBES,), self.contexts))]
 
@@ -115,7 +115,7 @@ class Run(NamedTuple):
 
 
 def load_grid(path: Path) -> Grid:
-    """Raises UserError, in one line that names the key."""
+    """Read a grid file. Raises UserError, in one line that names the key."""
     if not path.is_file():
         raise UserError(f"{path}: no such grid file")
     try:
@@ -128,9 +128,10 @@ def load_grid(path: Path) -> Grid:
 
 
 def runs_of(grid: Grid, recipe: Path, out: Path) -> list[Run]:
-    """All runs, seed by seed, then condition by condition: what is cut short has every arm.
+    """List all runs, seed by seed, then condition by condition.
 
-    Raises UserError for any arm's recipe that cannot run, before the first one trains.
+    In this order an interrupted grid has every arm. Raises UserError for a recipe that cannot run,
+    before the first run trains.
     """
     if not (grid.shards / "manifest.json").is_file():
         raise UserError(f"shards: {grid.shards} has no manifest.json; build it: data_tools.build")
@@ -144,7 +145,7 @@ def runs_of(grid: Grid, recipe: Path, out: Path) -> list[Run]:
 
 
 def _check_measures(grid: Grid) -> None:
-    """Refuse a kind that no question scored has: its measure would be of the other kinds only."""
+    """Refuse a kind that no scored question has: the measure would miss it silently."""
     from genrecal_ds.data.index import ShardIndex
 
     if not grid.measures:
@@ -176,12 +177,12 @@ def claim(run: Run) -> None:
 
 
 def folder_name(name: str) -> str:
-    """Of an arm or a condition."""
+    """Make a folder name from the name of an arm or a condition."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def heading(*parts: str | None) -> str:
-    """What a table or a run is called: its parts that are there."""
+    """Join the parts that are there into the name of a table or a run."""
     return ", ".join(part for part in parts if part is not None)
 
 
@@ -209,7 +210,7 @@ def _run(condition: str | None, arm: str, grid: Grid, seed: int, recipe: Path, o
 
 
 def stage_seeds(seed: int, num_stages: int) -> list[int]:
-    """The last stage's is the same however many stand before it."""
+    """One seed per stage; the last stage's is the same however many stages stand before it."""
     return [seed * ORDERS + num_stages - 1 - position for position in range(num_stages)]
 
 

@@ -1,4 +1,4 @@
-"""What the runs' last probes say of each class of rows, as tables: docs/method.md, "Health"."""
+"""Makes tables of the runs' last probes, by class of rows: docs/method.md, "Health"."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 class ProbeRow(NamedTuple):
-    """One arm that has probes; means over the seeds that have the metric."""
+    """One arm with probes; each number is a mean over the seeds that have the metric."""
 
     arm: str
     condition: str | None
@@ -33,7 +33,7 @@ class ProbeRow(NamedTuple):
 
 
 def probe_tables(grid: Grid, runs: Sequence[Run]) -> dict[str, list[ProbeRow]]:
-    """{heading: rows}, one table per condition, none where no finished run has probes."""
+    """{heading: rows}, one table per condition; none where no finished run has probes."""
     tables = {}
     for condition in grid.contexts:
         rows = []
@@ -48,7 +48,7 @@ def probe_tables(grid: Grid, runs: Sequence[Run]) -> dict[str, list[ProbeRow]]:
 
 
 def last_probes(run: Run) -> dict[str, float]:
-    """Metrics of the last probed step of the last stage that has one; empty where none has."""
+    """The metrics of the last probed step of the last stage with probes; empty if there is none."""
     for stage in reversed(run.facts["stages"]):
         path = run.folder / stage["name"] / "metrics.jsonl"
         for record in reversed(_records(path)):

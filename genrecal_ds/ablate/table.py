@@ -1,4 +1,4 @@
-"""Scores of arms over seeds as tables, partial ones said to be so."""
+"""Makes tables of the arms' scores over seeds, and says which runs are missing."""
 
 import json
 import math
@@ -16,7 +16,7 @@ Scores = dict[int, float]  # seed: score
 
 
 class Row(NamedTuple):
-    """One arm. Scores are shares of 1; differences are of the same seeds."""
+    """One arm of a table. Scores are shares of 1; a difference is of equal seeds."""
 
     arm: str
     scores: Scores
@@ -69,7 +69,7 @@ def tables_of(grid: Grid, runs: Sequence[Run]) -> dict[str, list[Row]]:
 
 
 def mean_of(scores: dict[str, dict[str, Any]], kinds: Sequence[str] | None) -> float:
-    """The mean over all questions of these kinds, None: of any, from a score file's entries."""
+    """The mean over the questions of these kinds (None: all kinds), from a score file's entries."""
     if kinds is None:
         return scores["overall"]["score"]
     total = sum(scores[kind]["n"] for kind in kinds)
@@ -93,7 +93,7 @@ def paired(scores: Scores, others: Scores) -> Difference | None:
 
 
 def markdown(tables: dict[str, list[Row]]) -> str:
-    """Every table, with what is missing said above it."""
+    """Every table as Markdown; a line above it says what is missing."""
     parts = []
     for title, rows in tables.items():
         done, asked = sum(len(row.scores) for row in rows), sum(row.num_seeds for row in rows)

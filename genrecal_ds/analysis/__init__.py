@@ -1,1 +1,1 @@
-"""What a run shows: probes of the Recalibrator, and the report. Reads folders and logs only."""
+"""Shows what a run did, from folders and logs alone: probes, figures, calibration, report."""

@@ -1,4 +1,4 @@
-"""The paper's figures from a run's folder, its error profile and its calibration, on one page.
+"""Draws the paper's figures of a run, its error profile and its calibration, on one page.
 
     python -m genrecal_ds.analysis RUN SHARDS --out DIR
     python -m genrecal_ds.analysis RUN SHARDS --against RUN_WITHOUT_REGULARIZER --out DIR
@@ -39,7 +39,7 @@ FIGURES = {
 def analyse(
     run: Path, shards: Path, out: Path, against: Path | None = None, num_samples: int = 128
 ) -> dict[str, Any]:
-    """Draw all figures into out; returns their numbers."""
+    """Draw all figures into out and return their numbers."""
     recipe = _recipe_of(run)
     assert recipe.teacher is not None  # a run with stage align has one
     teacher = recipe.teacher.path
@@ -122,7 +122,7 @@ def _recipe_of(run: Path) -> Recipe:
 
 
 def _last(run: Path) -> Path:
-    """The latest finished stage with a Recalibrator."""
+    """Find the latest finished stage with a Recalibrator."""
     done = [stage for stage in STAGES if (run / stage / "recalibrator").is_dir()]
     if not done:
         raise UserError(f"{run}: neither align nor distill has ended; its Recalibrator is missing")

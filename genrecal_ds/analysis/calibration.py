@@ -1,7 +1,8 @@
-"""How sure a model is of its answers, and how often it is right then (the paper's table 14).
+"""Measures how sure a model is and how often it is right then (the paper's table 14).
 
-Confidence of an answer: the geometric mean of its tokens' probabilities, end of turn included, read
-from the model with its own answer in place of the gold one. ECE: 10 bins of equal width.
+The confidence of an answer is the geometric mean of its tokens' probabilities, end of turn
+included. The model reads its own answer in place of the gold answer. ECE has 10 bins of equal
+width.
 """
 
 import copy
@@ -25,7 +26,7 @@ BATCH = 32
 
 @torch.no_grad()
 def confidences(model: Path, samples: Sequence[Sample], answers: Sequence[str]) -> list[float]:
-    """One for each sample; NaN for an answer that makes no sequence, as an empty one may."""
+    """One confidence per sample; NaN for an answer that makes no sequence, such as an empty one."""
     vlm = load_vlm(model).eval()
     encoders = PairEncoders(ChatEncoder(model, 1 << 20), None)
     found = [float("nan")] * len(samples)

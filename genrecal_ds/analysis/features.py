@@ -1,4 +1,4 @@
-"""Both models' boundary rows before and after the Recalibrator, at start and end (figure 6).
+"""Collects both models' boundary rows before and after the Recalibrator (figure 6).
 
 before  what enters the decoder blocks: z_qs of the student, Proj-pre(z_ql) of the teacher
 after   what the teacher's head reads: the same rows of the mixed and of the regular pass
@@ -25,7 +25,7 @@ Points = dict[str, tuple[np.ndarray, np.ndarray]]  # {"before", "after"}: (stude
 
 
 def untrained(subject: Subject, teacher: Path, student: Path, seed: int) -> Subject:
-    """The pair as stage 1 found it: the student's own weights, a fresh Recalibrator."""
+    """Load the pair as it is before stage 1: the student's first weights, a fresh Recalibrator."""
     torch.manual_seed(seed)
     vlm = load_vlm(student).eval()
     old = subject.recalibrator
@@ -73,7 +73,7 @@ def own_losses(subject: Subject, pairs: list[Pair]) -> dict[str, float]:
 
 
 def embed(points: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """t-SNE of both sides together: two of [n, 2]."""
+    """Embed both sides together by t-SNE: two arrays [n, 2]."""
     from sklearn.manifold import TSNE
 
     together = np.concatenate(points)
@@ -83,9 +83,9 @@ def embed(points: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray
 
 
 def mixing(points: tuple[np.ndarray, np.ndarray]) -> float:
-    """Share of rows whose nearest neighbour, in the full width, is of the other model.
+    """The share of rows whose nearest neighbour, in the full width, is the other model's.
 
-    About .5 where the two models' rows lie among each other, 0 where they lie apart.
+    It is about .5 where the two models' rows are mixed, and 0 where they are apart.
     """
     together = np.concatenate(points).astype(np.float64)
     side = np.repeat([0, 1], [len(part) for part in points])

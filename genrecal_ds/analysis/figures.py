@@ -1,4 +1,4 @@
-"""The paper's figures 6, 7 and 9 as PNG files. Drawing only: numbers come from the other files."""
+"""Draws the paper's figures 6, 7 and 9 as PNG files; other files compute the numbers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def _figure(columns: int, rows: int = 1, size: tuple[float, float] = (4.2, 3.4))
 def loss_curves(
     logs: Mapping[str, Sequence[Mapping[str, Any]]], own: Mapping[str, float], out: Path
 ) -> None:
-    """Figure 9. logs: {stage: its metrics.jsonl}; own: each model's CE before training."""
+    """Draw figure 9. logs: {stage: its metrics.jsonl}; own: each model's CE before training."""
     stages = [stage for stage in CURVES if logs.get(stage)]
     figure, axes = _figure(len(stages))
     for axis, stage in zip(axes[0], stages, strict=True):
@@ -44,7 +44,7 @@ def loss_curves(
 
 
 def cosine_matrices(cosines: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """Figure 7. cosines: {title: what probes.cosines returns}."""
+    """Draw figure 7. cosines: {title: what probes.cosines returns}."""
     figure, axes = _figure(len(cosines))
     for axis, (title, cosine) in zip(axes[0], cosines.items(), strict=True):
         image = axis.imshow(cosine["matrix"], vmin=-1, vmax=1, cmap="RdBu_r")
@@ -57,7 +57,7 @@ def cosine_matrices(cosines: Mapping[str, Mapping[str, Any]], out: Path) -> None
 
 
 def embeddings(panels: Mapping[str, tuple[np.ndarray, np.ndarray]], out: Path) -> None:
-    """Figure 6. panels: {title: (student's [n, 2], teacher's [n, 2])}, two in a row."""
+    """Draw figure 6. panels: {title: (student's [n, 2], teacher's [n, 2])}, two in a row."""
     figure, axes = _figure(2, -(-len(panels) // 2))
     for axis, (title, points) in zip(axes.flat, panels.items(), strict=True):
         for (side, color), flat in zip(SIDES, points, strict=True):

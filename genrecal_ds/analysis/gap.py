@@ -1,12 +1,13 @@
-"""How far students are from their teacher, row by row, and whether they listen to the question.
+"""Measures how far students are from their teacher, and whether they use the question.
 
     python -m genrecal_ds.analysis.gap TEACHER SHARDS STUDENT [STUDENT ..] --out gap.json
 
-The distance is the byte KL of objectives/byte_kd.py, which any two tokenizers and any student have,
-however it was trained: on boundary rows (the first answer token of a turn) and on all others, with
-the student's own question and with the next sample's in its place. A student whose rows go by the
-answer so far alone has the same distance with both. And the norm of that KL's gradient at the
-student's answer rows, beside that of its cross entropy. One process, no ZeRO.
+The distance is the byte KL of objectives/byte_kd.py. It exists for any two tokenizers and for any
+student, however the student was trained. It is measured on boundary rows (the first answer token of
+a turn) and on all other rows, with the student's own question and with the next sample's question.
+A student that reads only the answer so far has the same distance with both. Also measured: the norm
+of the KL's gradient at the student's answer rows, beside that of its cross entropy. Runs in one
+process, without ZeRO.
 
 Shapes: M student loss rows, D student width.
 """
@@ -49,7 +50,7 @@ class Subject(NamedTuple):
 
     @classmethod
     def load(cls, teacher: Path, student: Path) -> "Subject":
-        """Both whole, in fp32. Raises UserError for a tokenizer whose bytes cannot be told."""
+        """Load both models whole, in fp32. Raises UserError for a tokenizer of unknown bytes."""
         ours, theirs = ChatEncoder(student, 1 << 20), ChatEncoder(teacher, 1 << 20)
         matcher = ByteMatcher(*(token_bytes(e.tokenizer, e.folder) for e in (theirs, ours)))
         encoders = PairEncoders(ours, theirs)
@@ -66,7 +67,7 @@ class Subject(NamedTuple):
 
 
 def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, float]:
-    """Means over rows, and norms. samples: of one turn each, 2 at least."""
+    """Measure means over rows, and norms. samples: at least 2, of one turn each."""
     subject = Subject.load(teacher, student)
     encode = subject.encoders.encode
     pairs = [encode(sample.messages, sample.images) for sample in samples]
@@ -94,7 +95,7 @@ def _rows(subject: Subject, batch: PairBatch) -> Tensor:
 
 
 def _kl(subject: Subject, batch: PairBatch, rows: TeacherRows) -> tuple[Tensor, Tensor]:
-    """(by row [M], which rows have one [M])"""
+    """(KL by row [M], which rows have one [M])"""
     _, kl_M, is_taught_M = subject.objective.kd(_rows(subject, batch), batch, rows)
     return kl_M, is_taught_M
 

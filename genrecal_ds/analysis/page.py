@@ -1,4 +1,4 @@
-"""analysis.html: figures and tables on one page."""
+"""Writes analysis.html: figures and tables on one page."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +38,7 @@ _BODY = """
 
 
 def write_page(result: Mapping[str, Any], titles: Mapping[str, str], out: Path) -> None:
-    """titles: of the PNG files in out that are shown, in order."""
+    """Write the page. titles: those of the PNG files in out to show, in order."""
     shown = [(title, picture_file(out / name)) for name, title in titles.items()]
     page = html_page(str(result["run"]), _BODY, result=result, figures=shown)
     (out / "analysis.html").write_text(page)

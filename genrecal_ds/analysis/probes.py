@@ -1,12 +1,12 @@
-"""Where does the student's knowledge enter? Losses with its question states true, shuffled, zeroed.
+"""Measures losses with the student's question states true, shuffled and zeroed.
 
     python -m genrecal_ds.analysis.probes TEACHER STAGE_FOLDER SHARDS --out probes.json
 
-STAGE_FOLDER holds a finished stage's student/ and recalibrator/. One process, no ZeRO.
+STAGE_FOLDER holds a finished stage's student/ and recalibrator/. Runs in one process, without ZeRO.
 
-Rows a_i of the mixed pass receive the teacher's own z, from which its head already reads the next
-token: only the BOUNDARY row (the last question row) must listen to the student. A mean over all
-rows hides that, and hides a wrong row shift.
+Rows a_i of the mixed pass receive the teacher's own z, from which the teacher's head already reads
+the next token. Only the BOUNDARY row (the last question row) needs the student's states. A mean
+over all rows hides this, and hides a wrong row shift.
 
 Shapes: B conversations, S student length, D student width, H teacher width, N loss rows.
 """
@@ -81,7 +81,7 @@ class Subject:
 
 @torch.no_grad()
 def losses(subject: Subject, batch: PairBatch, hidden_BSD: Tensor) -> dict[str, float]:
-    """Mean CE and KL of the mixed pass on boundary rows and on all others."""
+    """Measure the mean CE and KL of the mixed pass on boundary rows and on other rows."""
     assert batch.teacher is not None
     inputs_AH, targets_NH = subject.teacher_rows(batch)
     rows_NH = subject.recalibrator(hidden_BSD, inputs_AH, batch.teacher.packing)
@@ -97,7 +97,7 @@ def losses(subject: Subject, batch: PairBatch, hidden_BSD: Tensor) -> dict[str, 
 
 
 def gradient_norms(subject: Subject, batch: PairBatch) -> dict[str, float]:
-    """Norm of the gradient at the student's hidden states, per term, of step-like means."""
+    """Measure each term's gradient norm at the student's hidden states, for means as in a step."""
     assert batch.teacher is not None
     inputs_AH, targets_NH = subject.teacher_rows(batch)
     leaf_BSD = subject.student_hidden(batch).requires_grad_()
@@ -125,9 +125,9 @@ def gradient_norms(subject: Subject, batch: PairBatch) -> dict[str, float]:
 
 @torch.no_grad()
 def cosines(subject: Subject, pairs: list[Pair]) -> dict[str, Any]:
-    """Boundary rows of the mixed pass against those of the regular pass (paper figure 7).
+    """Compare boundary rows of the mixed pass with those of the regular pass (paper figure 7).
 
-    Of conversations with different answers; the diagonal compares a conversation with itself.
+    The conversations have different answers; the diagonal compares a conversation with itself.
     """
     chosen, seen = [], set()
     for pair in pairs:
@@ -153,7 +153,7 @@ def cosines(subject: Subject, pairs: list[Pair]) -> dict[str, Any]:
 
 
 def single_turns(subject: Subject, reader: ShardReader, num_samples: int) -> list[Pair]:
-    """Those of the first samples that have one turn. Raises UserError for too few."""
+    """Choose those of the first samples that have one turn. Raises UserError for too few."""
     samples = [reader.read(i) for i in range(min(num_samples, len(reader)))]
     pairs = [subject.encoders.encode(sample.messages, sample.images) for sample in samples]
     pairs = [pair for pair in pairs if len(pair.student.answers) == 1]
@@ -166,7 +166,7 @@ def single_turns(subject: Subject, reader: ShardReader, num_samples: int) -> lis
 
 
 def probe(teacher: Path, stage: Path, shards: Path, num_samples: int = 128) -> dict[str, Any]:
-    """All probes of one stage's result on the first single-turn samples of `shards`."""
+    """Run all probes of one stage's result on the first single-turn samples of `shards`."""
     subject = Subject.load(teacher, stage)
     pairs = single_turns(subject, ShardReader(ShardIndex.load(shards)), num_samples)
     # Another sample's question in front of this sample's answer: everything the student could
@@ -188,7 +188,7 @@ def probe(teacher: Path, stage: Path, shards: Path, num_samples: int = 128) -> d
 
 
 def facts(values: dict[str, Any]) -> dict[str, bool]:
-    """What must be true of any sound run, whatever its scores: {statement: whether it holds}.
+    """Check what must hold in any sound run, whatever its scores: {statement: whether it holds}.
 
     A row shift by one, a leak between conversations or a missing regulariser breaks these first.
     """

@@ -1,4 +1,4 @@
-"""A run's report: report.json, a table in the terminal, one HTML page without external loads."""
+"""Writes a run's report: report.json, a table in the terminal, one HTML page."""
 
 import json
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def write_report(
 ) -> dict[str, Any]:  # fmt: skip
     """Write run/report.json and run/report.html from scores, run/probes.json and the logs.
 
-    With what is there of: figures, in run/figures, and tables of genrecal_ds.ablate.
+    Figures in run/figures and tables of genrecal_ds.ablate are added where they exist.
     """
     probes = run / "probes.json"
     packages = ("torch", "deepspeed", "transformers", "webdataset")
@@ -58,13 +58,13 @@ def write_report(
 
 
 def read_log(stage: Path) -> list[dict[str, Any]]:
-    """The records of a stage's metrics.jsonl."""
+    """Read the records of a stage's metrics.jsonl."""
     path = stage / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def read_answers(folder: Path, models: Sequence[str], shards: str) -> list[dict[str, Any]]:
-    """One record per sample: question, gold, and every model's prediction; errors first."""
+    """Read one record per sample: question, gold, every model's prediction; errors first."""
     lines = {
         model: [
             json.loads(line)
@@ -85,7 +85,7 @@ def read_answers(folder: Path, models: Sequence[str], shards: str) -> list[dict[
 
 
 def print_table(report: dict[str, Any], console: Console | None = None) -> None:
-    """Scores by model (rows) and kind of question (columns), with the overall interval."""
+    """Print scores by model (rows) and kind of question (columns), with the overall interval."""
     kinds = [kind for kind in report["teacher"] if kind != "overall"]
     table = Table(title="held-out handwriting: accuracy [95 % interval]")
     for column in ("model", "overall", *kinds):
@@ -98,7 +98,7 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
 
 
 def markdown_table(report: dict[str, Any]) -> str:
-    """The same table for README.md."""
+    """Return the table of scores as Markdown, for README.md."""
     kinds = [kind for kind in report["teacher"] if kind != "overall"]
     lines = ["| model | overall [95 % interval] | " + " | ".join(kinds) + " |"]
     lines.append("|---" * (len(kinds) + 2) + "|")
@@ -121,7 +121,7 @@ def render(
     report: dict[str, Any], curves: dict[str, list[dict]], answers: Sequence[dict[str, Any]],
     pictures: dict[int, list[str]], figures: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The page. pictures: data: addresses by the sample's number."""
+    """Render the page. pictures: data: addresses by the sample's number."""
     kinds = [kind for kind in report["teacher"] if kind != "overall"]
     scores = [
         (name, [_cell(scores["overall"], True), *(_cell(scores[kind]) for kind in kinds)])
@@ -138,14 +138,14 @@ def render(
 
 
 def _pictures(shards: Path, answers: Sequence[dict[str, Any]]) -> dict[int, list[str]]:
-    """Of the shown examples."""
+    """Read the pictures of the examples that are shown."""
     reader = ShardReader(ShardIndex.load(shards))
     numbers = [record["number"] for record in answers[:NUM_EXAMPLES]]
     return {number: [picture(image) for image in reader.read(number).images] for number in numbers}
 
 
 def _series(curves: dict[str, list[dict]], stages: Sequence[str], metrics: Sequence[str]) -> Series:
-    """The stages one after the other."""
+    """Join the curves of the stages, one after the other."""
     series: Series = {metric: [] for metric in metrics}
     offset = 0
     for stage in stages:

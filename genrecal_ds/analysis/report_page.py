@@ -1,4 +1,4 @@
-"""report.html: a run's scores, curves, probes, figures, tables of arms and examples."""
+"""Writes report.html: scores, curves, probes, figures, tables of arms and examples."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -99,7 +99,7 @@ def report_page(
 
 
 def line_chart(title: str, series: Series) -> dict[str, Any] | None:
-    """Lines as an SVG's points; None for no series."""
+    """Turn series into the points of an SVG; None where there is no series."""
     if not series:
         return None
     points = [point for line in series.values() for point in line]
@@ -121,7 +121,7 @@ def line_chart(title: str, series: Series) -> dict[str, Any] | None:
 
 
 def _arms(tables: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, str]]]]:
-    """Tables of genrecal_ds.ablate, a partial one said to be so."""
+    """Show the tables of genrecal_ds.ablate; a partial table says that it is partial."""
     found = []
     for title, rows in tables.items():
         if "scores" not in rows[0]:  # of probes

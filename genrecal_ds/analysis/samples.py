@@ -1,4 +1,4 @@
-"""What the models are taught on real samples: answer masks as text, lengths, refusals."""
+"""Shows what the models are taught on real samples: answer masks, lengths, refusals."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ MARKS = {
 
 @dataclass
 class Look:
-    """One sample. taught: by side, as training would see it; empty where it is left out."""
+    """One sample as it is taught, by side; `taught` is empty where the sample is left out."""
 
     name: str
     taught: dict[str, EncodedChat] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Look:
 
 
 def look_at(index: ShardIndex, encoders: PairEncoders, most: int) -> list[Look]:
-    """Samples evenly over the folder, so that every source of a mix has its chance."""
+    """Look at samples spread evenly over the folder, so that every source of a mix may appear."""
     count = min(most, len(index))
     numbers = [i * len(index) // count for i in range(count)]
     looks = []
@@ -63,10 +63,10 @@ def look_at(index: ShardIndex, encoders: PairEncoders, most: int) -> list[Look]:
 
 
 def marked(chat: EncodedChat, encoder: ChatEncoder, in_colour: bool) -> Text:
-    """The tokens as text on one line; answers green or in [[ ]], pictures as one <image x N>.
+    """Show tokens as text on one line; answers green or in [[ ]], pictures as one <image x N>.
 
     The token before an answer is yellow or in (( )): its row is the boundary row, which predicts
-    the answer's first token and is the only loss row that hears the student.
+    the answer's first token.
     """
     ids = chat.input_ids_T.tolist()
     role = {start - 1: "boundary" for start, _ in chat.answers}
@@ -91,8 +91,9 @@ def marked(chat: EncodedChat, encoder: ChatEncoder, in_colour: bool) -> Text:
 
 
 def _decode(encoder: ChatEncoder, ids: list[int], before: int, first: int, end: int) -> str:
-    """Tokens [first, end) as text. Behind their neighbours: a sentencepiece tokenizer leaves out
-    the blank in front of what it decodes."""
+    """Decode tokens [first, end) behind their neighbours.
+
+    A sentencepiece tokenizer leaves out the blank in front of the text that it decodes."""
     whole = encoder.tokenizer.decode(ids[before:end], clean_up_tokenization_spaces=False)
     left = encoder.tokenizer.decode(ids[before:first], clean_up_tokenization_spaces=False)
     if whole.startswith(left):
@@ -101,7 +102,7 @@ def _decode(encoder: ChatEncoder, ids: list[int], before: int, first: int, end: 
 
 
 def visual_tokens(counts: np.ndarray) -> str:
-    """Least, median and most of the samples that have any; counts: one of each sample."""
+    """Least, median and most visual tokens of samples with any; counts: one per sample."""
     counts = counts[counts > 0]
     if not len(counts):
         return "no visual tokens"
@@ -112,7 +113,7 @@ def visual_tokens(counts: np.ndarray) -> str:
 
 
 def histogram(lengths: np.ndarray, max_length: int) -> Iterator[str]:
-    """Bars of equal width up to max_length, a line that marks it, and one bar behind it."""
+    """Draw bars of equal width up to max_length, a line that marks it, and one bar behind it."""
     step = -(-max_length // BARS)
     numbers = np.where(lengths > max_length, BARS, np.maximum(lengths - 1, 0) // step)
     bins = np.bincount(numbers, minlength=BARS + 1).tolist()
@@ -129,5 +130,5 @@ def histogram(lengths: np.ndarray, max_length: int) -> Iterator[str]:
 
 
 def reasons(looks: Sequence[Look]) -> Counter[str]:
-    """Why samples are left out, and how many."""
+    """Count why samples are left out."""
     return Counter(look.reason for look in looks if look.reason)

@@ -1,1 +1,1 @@
-"""What commands read and print: arguments, safe text, pages, refusals. No torch."""
+"""Reads and prints for commands: arguments, safe text, pages, refusals. Imports no torch."""

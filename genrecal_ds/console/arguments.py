@@ -1,11 +1,11 @@
-"""What several commands ask of their arguments."""
+"""Parses arguments that several commands share: positive numbers, the I-th of N tasks."""
 
 import argparse
 from collections.abc import Callable
 
 
 def positive(kind: type) -> Callable[[str], float]:
-    """For argparse's type: a number of this kind above 0."""
+    """Make an argparse type: a number of this kind above 0."""
 
     def read(text: str):
         value = kind(text)
@@ -17,7 +17,7 @@ def positive(kind: type) -> Callable[[str], float]:
 
 
 def share(text: str) -> tuple[int, int]:
-    """I/N: the I-th of N tasks, from 0."""
+    """Parse I/N: the I-th of N tasks, from 0."""
     first, _, count = text.partition("/")
     if not (first.isdigit() and count.isdigit() and int(first) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I below N")

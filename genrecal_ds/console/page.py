@@ -1,4 +1,4 @@
-"""HTML pages that load nothing: every text escaped, pictures inside, scripts forbidden."""
+"""Builds HTML pages that load nothing: text escaped, pictures inside, scripts forbidden."""
 
 import base64
 import io
@@ -34,14 +34,14 @@ _ENVIRONMENT = jinja2.Environment(
 
 
 def html_page(title: str, body: str, style: str = "", **values: Any) -> str:
-    """body: a jinja2 template for `values`; it and `style` are ours, title and values anyone's."""
+    """Render a page. body and style are trusted templates; title and values are untrusted text."""
     inner = Markup(_ENVIRONMENT.from_string(body).render(values))
     frame = _ENVIRONMENT.from_string(_FRAME)
     return frame.render(title=title, style=Markup(style), body=inner)
 
 
 def picture(image: Image.Image, longest: int | None = None) -> str:
-    """A data: address. longest: pixels of the longer side, and then as a JPEG; else a PNG."""
+    """Make a data: address: a PNG, or with `longest` (pixels of the longer side) a JPEG."""
     buffer = io.BytesIO()
     if longest is None:
         image.save(buffer, "PNG")

@@ -1,6 +1,7 @@
-"""Secrets are replaced by [redacted] in everything that a run prints or writes.
+"""Replaces secrets by [redacted] in everything that a run prints or writes.
 
-A leaf: nothing heavy is imported. Tokens are known by their form, values by their key's name.
+A leaf of the imports: nothing heavy is imported. Tokens are recognised by their form, other secrets
+by the name of their key.
 """
 
 import re
@@ -28,14 +29,14 @@ _SECRET_KEY = re.compile(rf"(?i){_NAME}$")
 
 
 def redact(text: str) -> str:
-    """The text without what looks like a secret."""
+    """Return the text with [redacted] in place of what looks like a secret."""
     text = _TOKENS.sub(REDACTED, text)
     text = _USER_AND_PASSWORD.sub(rf"\1{REDACTED}", text)
     return _ASSIGNED.sub(rf"\1\2{REDACTED}", text)
 
 
 def redact_tree(tree: Any, key: str = "") -> Any:
-    """The same for nested mappings and lists; strings under a key named as a secret go whole."""
+    """Redact nested mappings and lists; a string under a key named like a secret goes whole."""
     if isinstance(tree, Mapping):
         return {name: redact_tree(value, str(name)) for name, value in tree.items()}
     if isinstance(tree, str):
@@ -46,7 +47,7 @@ def redact_tree(tree: Any, key: str = "") -> Any:
 
 
 class _RedactingStream:
-    """Another stream, line by line: a secret must not hide across two writes."""
+    """Redacts another stream line by line, so that no secret hides across two writes."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -70,6 +71,6 @@ class _RedactingStream:
 
 
 def redact_output() -> None:
-    """stdout and stderr of this process from now on, tracebacks included."""
+    """Redact stdout and stderr of this process from now on, tracebacks included."""
     sys.stdout = _RedactingStream(sys.stdout)  # type: ignore[assignment]
     sys.stderr = _RedactingStream(sys.stderr)  # type: ignore[assignment]

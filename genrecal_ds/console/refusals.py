@@ -1,4 +1,4 @@
-"""What a command prints that checks and goes on: sections, lines safe to show, refusals."""
+"""Prints the sections and refusals of a command that runs every check before it exits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ OF_A_FOLDER = (
 
 
 class Report:
-    """Prints as it goes; keeps the refusals for the end."""
+    """Prints sections as they come, and keeps the refusals for the end."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -32,7 +32,7 @@ class Report:
         self.say(title, "bold")
 
     def say(self, line: str | Text, style: str = "") -> None:
-        """One line, never wrapped: it may be searched, or read by a program."""
+        """Print one line, never wrapped, so that it can be searched or read by a program."""
         text = line if isinstance(line, Text) else Text(printable(line), style)
         self.console.print(text, soft_wrap=True)
 
@@ -43,9 +43,9 @@ class Report:
 
     @contextmanager
     def attempt(self, key: str, fix: str | None = None) -> Iterator[None]:
-        """What is refused inside is a refusal of this key, and the next check goes on.
+        """Turn an error inside into a refusal of this key, so that the next check can go on.
 
-        fix: given where libraries read a model folder, for what no UserError explains.
+        fix: for errors of libraries that read a model folder, which no UserError explains.
         """
         try:
             yield

@@ -1,8 +1,8 @@
-"""Text from data, made safe to show."""
+"""Makes text from data safe to show."""
 
 
 def printable(text: str) -> str:
-    """The text with everything unprintable (control, bidi, lone surrogates) as an escape."""
+    """Escape everything unprintable in a text: control, bidi, lone surrogates."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
         for char in text
@@ -10,5 +10,5 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same, line by line: line breaks stay."""
+    """Escape a text line by line, so that line breaks stay."""
     return "\n".join(printable(line) for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""Pairs become one micro-batch: padded sides, loss rows, and the passes of the Recalibrator.
+"""Joins pairs into one micro-batch: padded sides, loss rows, the Recalibrator's passes.
 
 Shapes: B conversations, T teacher length, S student length, A teacher rows entering the
 Recalibrator, N teacher loss rows (one pass), M student loss rows, P packed rows, I boundaries
@@ -6,7 +6,7 @@ between bytes that both tokenisations share.
 
 The row shift (paper section 3.3, our choice (c)): a hidden state predicts the NEXT token, so the
 loss rows of turn k are the last row of q_k, then the rows of a_k but its last. Their labels are
-all tokens of a_k. The first of them is the BOUNDARY row, the only one that hears the student.
+all tokens of a_k. The first is the BOUNDARY row; in the mixed pass it is the student's own row.
 """
 
 from itertools import accumulate
@@ -34,7 +34,7 @@ class SideBatch(NamedTuple):
 
 
 class TeacherBatch(NamedTuple):
-    """What the teacher reads, and which of its rows are used for what."""
+    """The teacher's inputs, and which of the teacher's rows are used for what."""
 
     inputs: SideBatch
     rows_A: Tensor  # int64, flat in [B*T]: answer rows, then (regular pass) question rows
@@ -52,8 +52,9 @@ class StudentBatch(NamedTuple):
 
 
 class SharedBytes(NamedTuple):
-    """Where both models predict the same next byte: rows of either side, with the bytes that the
-    row's token has before it. int64 [I]."""
+    """The rows of both sides that predict the same next byte, one entry per shared boundary.
+
+    depth: how many bytes of the row's token stand before the boundary. int64 [I]."""
 
     student_I: Tensor  # of the M rows
     student_depth_I: Tensor
@@ -86,7 +87,7 @@ def collate(
     with_regular: bool,
     matcher: ByteMatcher | None = None,
 ) -> PairBatch:
-    """A micro-batch of any composition that calls the same modules on every rank.
+    """Make a micro-batch that calls the same modules on every rank, whatever it is composed of.
 
     vision_rules: (teacher's, student's), key -> a rule of models/families.py. matcher: finds
     shared_bytes, for the kinds of stages that compare next bytes.
@@ -123,10 +124,10 @@ class JoinedTeacher(NamedTuple):
 
 
 def join_teacher(batches: list[PairBatch], rules: dict[str, str]) -> JoinedTeacher:
-    """One forward over several micro-batches; rules: the teacher's, as collate has them.
+    """Join several micro-batches for one forward of the teacher; rules: its vision rules.
 
-    Under ZeRO-3 a forward gathers every weight of the teacher whatever its batch is, so fewer and
-    larger ones move fewer bytes.
+    Under ZeRO-3 a forward gathers every weight of the teacher, whatever its batch is. So fewer and
+    larger forwards move fewer bytes.
     """
     views = [batch.teacher for batch in batches if batch.teacher is not None]
     longest = max(view.inputs.input_ids.shape[1] for view in views)
@@ -170,7 +171,7 @@ def _widened(side: SideBatch, longest: int, rules: dict[str, str]) -> SideBatch:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A copy of a (nested) batch with its tensors on `device`, asynchronously where pinned."""
+    """Copy a (nested) batch to `device`, asynchronously where its memory is pinned."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -207,7 +208,7 @@ def _teacher_batch(
 
 
 def _shared_bytes(pairs: list[Pair], matcher: ByteMatcher) -> SharedBytes:
-    """Of all pairs but placeholders, which teach nothing."""
+    """The shared boundaries of all pairs; placeholders have none, since they teach nothing."""
     parts: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 4]
     first_m = first_n = 0
     for pair in pairs:
@@ -224,7 +225,7 @@ def _shared_bytes(pairs: list[Pair], matcher: ByteMatcher) -> SharedBytes:
 
 
 def pad_side(views: list[EncodedChat], rules: dict[str, str]) -> SideBatch:
-    """One model's inputs of several conversations; rules: collate's, of this side."""
+    """Pad several conversations into one model's inputs; rules: this side's vision rules."""
     longest = max(len(view.input_ids_T) for view in views)
     input_ids = torch.empty(len(views), longest, dtype=torch.int64)
     attention_mask = torch.zeros(len(views), longest, dtype=torch.int64)
@@ -249,7 +250,7 @@ PADDED_DIMS = {"rows": (), "columns": (), "patches": (), "tiles": (1,), "canvas"
 
 
 def collate_vision(samples: list[dict[str, Tensor]], rules: dict[str, str]) -> dict[str, Tensor]:
-    """Vision inputs of several samples as one batch's; see models/families.py for the rules."""
+    """Join several samples' vision inputs into one batch's; models/families.py has the rules."""
     joined = {}
     for key, rule in rules.items():
         tensors = [sample[key] for sample in samples if key in sample]
@@ -265,7 +266,7 @@ def collate_vision(samples: list[dict[str, Tensor]], rules: dict[str, str]) -> d
 
 
 def _counted_on(numbers: list[Tensor], pixels: list[Tensor]) -> list[Tensor]:
-    """Numbers of each sample's own patches, as numbers among those of all samples before it too."""
+    """Shift each sample's patch numbers by the number of patches of all samples before it."""
     moved, first = [], 0
     for own, patches in zip(numbers, pixels, strict=True):
         moved.append(torch.where(own < 0, own, own + first))

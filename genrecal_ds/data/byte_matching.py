@@ -1,16 +1,14 @@
-"""Two tokenisations of one text, held together by bytes.
+"""Matches two tokenisations of one text by the bytes that their tokens spell.
 
-The boundaries between bytes that two token sequences share say which token of one side has read
-what a token of the other has. Nothing of it is the paper's: GenRecal needs no alignment; the
-variants of docs/method.md, "Beyond the paper", do.
+At a boundary between two bytes that both token sequences have, both models have read the same text.
+The paper needs no such matching. byte_kd does (docs/method.md, "Beyond the paper").
 
-A token's piece is the bytes that it stands for, or None where it stands for no text (special
-tokens). Pieces of a turn spell its answer, up to blanks in front, which some tokenizers add, and
-up to Unicode normalisation and case, which some apply: there, boundaries inside what was changed
-are nobody's. No boundary is guessed: one that is not sure is left unmatched.
+A token's piece is the bytes that the token stands for, or None for a special token. The pieces of a
+turn spell its answer. Some tokenizers add blanks in front, normalise Unicode or change case.
+Boundaries inside altered text are left unmatched, and so is every boundary that is not sure.
 
-Shapes: n teacher tokens and m student tokens of one turn's answer, U student's bytes of it, I
-shared boundaries.
+Shapes: n teacher tokens and m student tokens of one turn's answer, U bytes of the student's answer,
+I shared boundaries.
 """
 
 import unicodedata
@@ -31,10 +29,10 @@ UNMATCHED = -1
 
 
 class NextBytes(NamedTuple):
-    """For each shared boundary of a turn, the token on either side that holds the byte behind it.
+    """For each shared boundary of a turn, the token of each side that holds the next byte.
 
-    depth: how many of the token's bytes stand before the boundary. Last come the two tokens
-    behind the text, the ends of turn.
+    depth: how many of the token's bytes stand before the boundary. The last entry is the two
+    end-of-turn tokens.
     """
 
     student_I: np.ndarray  # int64, of the m tokens
@@ -69,7 +67,7 @@ class ByteMatcher:
 
 
 def match_bytes(teacher: Pieces, student: Pieces) -> NextBytes:
-    """Of one turn's pieces. The last tokens, both ends of turn, are always the last entry."""
+    """Match one turn's pieces by bytes. The last entry is always the two end-of-turn tokens."""
     ends_n, ends_m = _ends(teacher), _ends(student)
     teacher_of_U = _shared(_text(teacher), _text(student))[:-1]
     at_I = np.flatnonzero(teacher_of_U >= 0)
@@ -87,17 +85,17 @@ def _text(pieces: Pieces) -> bytes:
 
 
 def _num_blanks(text: bytes) -> int:
-    """In front."""
+    """Count the blanks in front."""
     return len(text) - len(text.lstrip(b" "))
 
 
 def _ends(pieces: Pieces) -> np.ndarray:
-    """int64 [tokens]: bytes up to and with each token."""
+    """int64 [tokens]: the number of bytes up to the end of each token."""
     return np.fromiter(accumulate(len(piece or b"") for piece in pieces), np.int64, len(pieces))
 
 
 def _token_behind(ends: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(token that holds the byte behind each boundary, the boundary's place in the token)."""
+    """(the token that holds the byte behind each boundary, the boundary's place in that token)."""
     token = np.searchsorted(ends, at, side="right")
     starts = np.concatenate([[0], ends])[token]
     return token, at - starts
@@ -115,7 +113,7 @@ def _shared(of: bytes, boundaries: bytes) -> np.ndarray:
 
 
 def _shared_normalised(of: bytes, boundaries: bytes) -> np.ndarray:
-    """As _shared, where the bytes differ: by places in the texts without their differences."""
+    """Do what _shared does where the bytes differ: compare the texts without their differences."""
     texts, places = zip(*(_normalised(text) for text in (of, boundaries)), strict=True)
     length, own_length = map(len, texts)
     prefix = suffix = 0

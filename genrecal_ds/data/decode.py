@@ -1,4 +1,4 @@
-"""Bytes of one tar member -> a checked record or picture.
+"""Turns the bytes of one tar member into a checked record or picture.
 
 The builder and the reader share these functions, so whatever was accepted at build is readable,
 and a third party's shard is judged by the same rules. Nothing here executes data: no pickle, no

@@ -1,15 +1,15 @@
-"""Rows that a frozen teacher computed, kept on disk: computed once, read by any number of runs.
+"""Keeps a frozen teacher's rows on disk: computed once, read by any number of runs.
 
     FOLDER/identity.json              what the rows belong to; a reader with another one is refused
     FOLDER/rank0000-000007.safetensors  one block: rows of some samples, whole or not there
 
-A sample has, for each turn in order, the row that predicts its first answer token and the rows of
-its answer tokens; and those tokens' ids. A sample that the pair could not use has no rows. The
-student's tokens are nowhere in it: one cache serves many students.
+A sample has, for each turn in order, the row that predicts the first answer token, the rows of the
+answer tokens, and these tokens' ids. A sample that the pair could not use has no rows. The cache
+holds nothing of the student's tokens, so one cache serves many students.
 
-Rows lie there as they were computed, or, where the identity says `rows: int8`, in 8 bits with a
-scale for every 64 numbers: teachers have a few numbers far larger than the others, which cost
-their own 64 precision and no more (docs/performance.md).
+Rows are stored as they were computed. Where the identity says `rows: int8`, they are stored in 8
+bits with one scale for every 64 numbers. A teacher's rows have a few numbers far larger than the
+others; with such scales a large number costs only its own 64 precision (docs/performance.md).
 
 Shapes: R rows of a sample (answer tokens + turns), H teacher width, S samples of a block.
 """
@@ -40,7 +40,7 @@ _TABLES = ("samples", "rows_of", "turns_of", "crc32")
 
 
 class Features(NamedTuple):
-    """One sample's."""
+    """One sample's rows, answer tokens and turns."""
 
     rows_RH: Tensor
     tokens_R: Tensor  # int64; in front of each turn a 0, for the row that stands before it
@@ -48,7 +48,7 @@ class Features(NamedTuple):
 
 
 class CachedView:
-    """One sample's features as a side of a pair: an Encoder that encodes nothing."""
+    """Presents one sample's cached rows as a side of a pair: an Encoder that encodes nothing."""
 
     max_length, reads_images, digest = 2**62, True, ""
     vision_rules = {"rows": "rows"}
@@ -57,7 +57,7 @@ class CachedView:
         self.features = features
 
     def encode(self, messages: list, images: list) -> EncodedChat:
-        """The answers, each behind a single token that stands for its question."""
+        """Return the answers, each behind a single token that stands for its question."""
         spans, start = [], 0
         for length in self.features.turn_lengths:
             spans.append((start + 1, start + 1 + length))
@@ -65,12 +65,12 @@ class CachedView:
         return EncodedChat(self.features.tokens_R, tuple(spans), {}, {})
 
     def with_rows(self, chat: EncodedChat) -> EncodedChat:
-        """Beside the tokens that a pair's rules left of it."""
+        """Add the rows of the turns that the pair's rules kept."""
         return replace(chat, vision={"rows": self.features.rows_RH[: len(chat.input_ids_T)]})
 
 
 class FeatureWriter:
-    """One rank's blocks. The disk is a thread's work; its errors wait for flush."""
+    """Writes one rank's blocks. A thread writes to the disk; its errors are raised by flush."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], rank: int):
         self.folder, self.rank = folder, rank
@@ -87,7 +87,7 @@ class FeatureWriter:
         self._pending: list[Future] = []
 
     def missing(self, samples: np.ndarray) -> np.ndarray:
-        """int64, sorted: those of these that were not there at the start, nor added since."""
+        """int64, sorted: those in `samples` that had no rows at the start and got none since."""
         added = np.fromiter(self._added, np.int64)
         return np.setdiff1d(samples, np.concatenate([self._store.samples, added]))
 
@@ -97,7 +97,7 @@ class FeatureWriter:
         return any(pending.done() and pending.exception() for pending in self._pending)
 
     def add(self, sample: int, features: Features) -> None:
-        """Keep one sample's, on the CPU; one that is there already is left as it is."""
+        """Keep one sample's rows, on the CPU; a sample that has rows already is left as it is."""
         if sample in self._added or self._store.find(sample) is not None:
             return
         self._added.add(sample)
@@ -107,7 +107,7 @@ class FeatureWriter:
             self._hand_over()
 
     def flush(self) -> None:
-        """Everything added so far onto the disk. Raises OSError, also of earlier blocks."""
+        """Write everything added so far to disk. Raises OSError, also for earlier blocks."""
         self._hand_over()
         for pending in self._pending:
             pending.result()
@@ -129,7 +129,7 @@ class FeatureStore:
     """Reads samples in any order, from any process. Opened once, forked or pickled to workers."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
-        """Raises UserError for a folder of another teacher, template or data, naming what."""
+        """Raises UserError for a folder of another teacher, template or data, and names which."""
         self.folder, self.identity = folder, identity
         self._parts = ("rows", "scales") if identity.get("rows") == "int8" else ("rows",)
         _check_identity(folder, identity)
@@ -156,13 +156,13 @@ class FeatureStore:
         return FeatureStore, (self.folder, self.identity)
 
     def find(self, sample: int) -> int | None:
-        """Where a sample's entry is; None when no block has it."""
+        """Find where a sample's entry is; None when no block has it."""
         place = int(np.searchsorted(self.samples, sample))
         is_there = place < len(self.samples) and self.samples[place] == sample
         return int(self._order[place]) if is_there else None
 
     def read(self, sample: int) -> Features | None:
-        """One sample's; None for one that the pair could not use.
+        """Read one sample's rows; None for a sample that the pair could not use.
 
         Raises UserError naming the block when its bytes are not those that were written.
         """
@@ -214,13 +214,13 @@ def in_8_bits(rows_RH: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widened(whole_RH: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """rows [R, H] of what in_8_bits made."""
+    """Turn what in_8_bits made back into rows [R, H]."""
     repeated = scales.repeat_interleave(SCALED_TOGETHER, 1)[:, : whole_RH.shape[1]]
     return (whole_RH.float() * repeated).to(dtype)
 
 
 def _write_block(path: Path, samples: list[tuple[int, Features]], is_in_8_bits: bool) -> None:
-    """Complete or not there."""
+    """Write one block, complete or not at all."""
     found = [features for _, features in samples]
     stored = [in_8_bits(of.rows_RH) if is_in_8_bits else (of.rows_RH,) for of in found]
     integers = {
@@ -264,7 +264,7 @@ def _crc32(*tensors: Tensor) -> int:
 
 
 def _claim(folder: Path, identity: dict[str, Any], rank: int) -> None:
-    """Write the identity of a new folder; the ranks may come together."""
+    """Write the identity of a new folder; several ranks may do so at once."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / IDENTITY
     if not path.is_file():

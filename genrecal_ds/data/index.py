@@ -1,8 +1,8 @@
-"""What is in a folder of shards: one fixed-size record per sample, checked before training.
+"""Reads the index of a folder of shards, one record per sample, checked before training.
 
 A folder holds shard-*.tar (plain webdataset), index.npy (INDEX_DTYPE, memory-mappable) and
 manifest.json, written last: without it the build is not finished. webdataset itself ends
-silently at a damaged tar header, so sizes, hashes and counts are kept here and tested here.
+silently at a damaged tar header, so this room keeps and checks sizes, hashes and counts.
 """
 
 import hashlib
@@ -237,7 +237,7 @@ def _file_defect(path: Path, expected: int) -> str | None:
 
 
 def _reload(store: ShardStore, fingerprint: str) -> ShardIndex:
-    """In a worker: the rank has looked at every file, and a thousand workers need not again."""
+    """Load in a worker without checking files: the rank has already checked every one."""
     index = ShardIndex.load(store, check_files=False)
     if index.fingerprint != fingerprint:
         raise UserError(f"{store.location}: the shards changed while in use; start again")

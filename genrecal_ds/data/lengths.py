@@ -1,8 +1,8 @@
-"""How long every sample is, for the order: tokens of both models, or an estimate from the index.
+"""Gives the plan every sample's length: both models' tokens, or an estimate from the index.
 
 Measured lengths come from a table that `python -m data_tools.tokens` writes beside the shards,
-one per pair of tokenizers and processors. The table's hash belongs to the plan: other lengths
-would be another order.
+one per pair of tokenizers and processors. The table's hash belongs to the plan, because other
+lengths give another order.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class Lengths:
 
 
 def estimated(index: ShardIndex) -> Lengths:
-    """Bytes of text, with a picture counted as many; needs no pass over the data."""
+    """Estimate from the index: bytes of text, a picture counting as many; reads no data."""
     return Lengths(index.costs(), "estimated")
 
 

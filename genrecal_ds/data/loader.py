@@ -1,9 +1,9 @@
-"""Shards -> this rank's micro-batches, step by step, resumable at any step.
+"""Yields this rank's micro-batches from shards, step by step, resumable at any step.
 
     plan.slots(step) -> deal over ranks and micro-steps -> read -> encode_pair -> collate
 
-Map-style: the order is the plan's for any number of workers, so the state to resume is the
-number of the next step.
+The data set is map-style: the plan decides the order for any number of workers, so a resume needs
+only the number of the next step.
 """
 
 import atexit
@@ -43,7 +43,7 @@ WORKER_TIMEOUT_SECONDS = 300
 
 @dataclass(frozen=True)
 class PairEncoders:
-    """Both sides' encoders with their collate rules; teacher is None in stages without one."""
+    """Holds both sides' encoders and collate rules; teacher is None in stages without one."""
 
     student: Encoder
     teacher: Encoder | None = None
@@ -79,10 +79,10 @@ class PairEncoders:
 
 @dataclass(frozen=True)
 class CachedPairEncoders(PairEncoders):
-    """The teacher's side comes from disk: no picture is prepared for it, no text tokenised.
+    """Takes the teacher's side from disk: no picture is prepared for it and no text tokenised.
 
-    Its view is the answers alone, each behind one token in place of its question; the rows that
-    the teacher gave for them are its only vision input. too_long: drop or error.
+    The teacher's view holds only the answers, each behind one token in place of its question. The
+    teacher's rows for these answers are its only vision input. too_long: drop or error.
     """
 
     features: FeatureStore | None = None
@@ -129,10 +129,10 @@ class PairDataset(Dataset):
         self.placeholder = encoders.placeholder()
 
     def __getitem__(self, slots: tuple[int, ...]) -> PairBatch:
-        """The micro-batch of these samples. Raises UserError where the recipe says too_long: error.
+        """Make the micro-batch of these samples. Raises UserError where too_long is error.
 
-        A sample that cannot be used is left out and counted; collate keeps the modules that the
-        batch calls the same.
+        A sample that cannot be used is left out and counted. collate makes sure that the batch
+        still calls the same modules as other ranks'.
         """
         real = tuple(slot for slot in slots if slot != PADDING)
         pairs, used, unusable, unusable_ids, unreadable = [], [], [], [], []
@@ -226,10 +226,10 @@ class _StepSlots:
 
 
 def _leave_signals_to_the_rank(is_closing: Any, worker: int) -> None:
-    """The ranks decide about stopping; a worker that dies first would take the checkpoint along.
+    """Ignore signals in a worker: the ranks decide about stopping, and save before they stop.
 
-    Once the rank is done with them, SIGTERM ends the workers as usual: a hung one that ignored it
-    would keep the rank from ending.
+    A worker that dies first would prevent the checkpoint. Once the rank needs no more batches,
+    SIGTERM ends the workers as usual: a hung worker that ignored it would keep the rank alive.
     """
 
     def end_if_closing(number: int, frame: Any) -> None:

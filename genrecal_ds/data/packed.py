@@ -1,6 +1,6 @@
-"""The Recalibrator's input of a micro-batch: where every packed row comes from, which predict.
+"""Builds the Recalibrator's input: where every row comes from, and which rows predict.
 
-Everything that depends on lengths is decided here, on the CPU: later rooms only gather, and no
+Everything that depends on lengths is decided here, on the CPU. Later rooms only gather, so no
 kernel waits for a number from the device.
 
 Shapes: N teacher loss rows (one pass), P packed rows, C packed sequences, R source rows (B*S of
@@ -23,7 +23,7 @@ class TurnRows(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """For the block whose output is read at the loss rows alone: what each turn attends to.
+    """What each turn attends to in the last block, whose output is read at the loss rows alone.
 
     A turn's loss rows are consecutive, and see their sequence up to the last of them. Sequences
     of several turns repeat their keys, so that each turn is one span of its own.
@@ -56,7 +56,7 @@ class Packing(NamedTuple):
 
 
 def pack(sequences: list[list[TurnRows]], num_student_rows: int, num_teacher_rows: int) -> Packing:
-    """Of all passes' conversations, in order; each is a list of turns."""
+    """Lay out the conversations of all passes, in order; each is a list of turns."""
     source: list[np.ndarray] = []
     sequence, positions, loss_rows, keys, offset = [], [], [], [], 0
     for number, turns in enumerate(sequences):

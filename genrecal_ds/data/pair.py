@@ -1,4 +1,4 @@
-"""One sample, tokenised twice: the teacher's and the student's view of the same conversation.
+"""Tokenises one sample twice, for teacher and student, by rules that both sides share.
 
 Tokenisation is injected (`Encoder`), so this room knows no model. The rules that both sides
 must obey together live here: same turns, same truncation, no empty question.
@@ -35,7 +35,7 @@ class EncodedChat:
 
     @property
     def questions(self) -> tuple[tuple[int, int], ...]:
-        """Half-open spans q_k: what stands before a_k and after a_(k-1)."""
+        """Half-open spans q_k: the tokens after a_(k-1) and before a_k."""
         ends = (0, *(end for _, end in self.answers))
         return tuple((end, start) for end, (start, _) in zip(ends, self.answers, strict=False))
 
@@ -63,7 +63,7 @@ class Encoder(Protocol):
 
 
 class TooLong(Unusable):
-    """Longer than max_length, where the recipe says that this is an error."""
+    """A conversation is longer than max_length, and the recipe says that this is an error."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ Encoders = dict[str, Encoder]  # by side: `teacher` and `student`, or `student` 
 def encode_pair(
     messages: Messages, images: list[Image], encoders: Encoders, too_long: LongPolicy = "drop"
 ) -> Pair:
-    """Both tokenisations of a conversation: the same text, the same turns, answers whole.
+    """Tokenise a conversation for each side: the same text, the same turns, answers whole.
 
     Longer than a side's max_length: `drop` leaves out the turns that do not fit, and the sample
     when none does; `truncate_question` shortens question text first; `error` raises TooLong.
@@ -139,10 +139,10 @@ def _fitting_turns(views: dict[str, EncodedChat], encoders: Encoders) -> int:
 def _shorten_questions(
     messages: Messages, images: list[Image], encoders: Encoders
 ) -> dict[str, EncodedChat] | None:
-    """Views that fit, with the longest question texts cut at their START; None if impossible.
+    """Return views that fit, the longest question texts cut at their START; None if impossible.
 
-    What is asked stands at the end of a long question, behind its document. The cut is made in
-    the text, before both tokenisations, so that both models read the same words.
+    In a long question the request stands at the end, behind its document. The text is cut before
+    both tokenisations, so that both models read the same words.
     """
     texts = [
         (len(part["text"]), turn, number)

@@ -1,4 +1,4 @@
-"""The passes of the Recalibrator: whose rows stand for a conversation's questions and answers.
+"""Builds the Recalibrator's passes: whose rows stand for each question and each answer.
 
     mixed      q of the student, a of the teacher
     regular    q and a of the teacher                   the regulariser of Algorithm 2

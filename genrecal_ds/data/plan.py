@@ -1,12 +1,12 @@
-"""Which samples form which step: a pure function, independent of ranks, workers and micro-batch.
+"""Decides which samples form which step: a pure function, independent of ranks and workers.
 
     permutation of the epoch -> windows of global batches -> each window sorted by length
     -> global batches that mix classes -> deal: micro-steps of one class and of like length
 
-Resuming therefore needs a dozen scalars (Order.facts and the number of the next step) and any
-world size that divides the batch sees the same global batches. Slots are sample numbers; -1 is a
-slot of zero weight: it fills the epoch's last batch, the only incomplete one, so every sample
-comes exactly once an epoch and every rank gets equally many steps.
+So a resume needs a dozen scalars (Order.facts and the number of the next step), and any world size
+that divides the batch sees the same global batches. Slots are sample numbers. -1 is a slot of zero
+weight. Such slots fill the epoch's last batch, the only incomplete one. So every sample comes
+exactly once an epoch, and every rank gets the same number of steps.
 
 Shapes: n samples, G global batch, U samples of one micro-step over all ranks.
 """
@@ -23,7 +23,7 @@ NUM_CLASSES = 3  # text only, one image, several images: ShardIndex.classes
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """What decides the order of a data set, apart from the epoch.
+    """Everything but the epoch that decides the order of a data set.
 
     classes: int8 [n]. lengths: int32 or int64 [n], tokens (data/lengths.py) or another measure of
     cost. lengths_digest identifies them. window: global batches sorted by length together; 1
@@ -94,7 +94,7 @@ def _quantiles(order: Order, members: np.ndarray) -> np.ndarray:
 
 
 class StepPlan:
-    """plan_epoch over epochs without end: the slots of any step.
+    """Gives the slots of any step, over epochs without end.
 
     Holds the plan of the epoch last asked for, 8 bytes a sample.
     """
@@ -121,7 +121,7 @@ class StepPlan:
         return deal(slots, self.order.classes, self.order.lengths, micro_batch, world_size)
 
     def num_real(self, step: int) -> int:
-        """Samples of the step, fewer than G in an epoch's last one only."""
+        """The number of samples in the step; fewer than G only in an epoch's last step."""
         return int((self.slots(step) != PADDING).sum())
 
     def _make(self, epoch: int) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Sample number -> Sample: pread of its byte range, crc32, webdataset's own tar parser, decode.
+"""Reads a sample by its number: byte range, crc32, webdataset's own tar parser, decoding.
 
-Random access is what lets the plan decide the order. Every defect becomes a BadSample, also
+Random access lets the plan decide the order. Every defect becomes a BadSample. So does a
 StopIteration, which would end a DataLoader's epoch early without an error.
 """
 
@@ -89,7 +89,7 @@ class ShardReader:
         return found
 
     def read_many(self, numbers: Sequence[int]) -> list["Sample | BadSample"]:
-        """The samples of these numbers, in their order; a bad one as its BadSample."""
+        """Read the samples of these numbers, in their order; a bad one comes as its BadSample."""
         found: list[Sample | BadSample] = []
         for i, parsed in zip(numbers, self._parse_many(numbers), strict=True):
             if isinstance(parsed, BadSample):
@@ -152,10 +152,10 @@ class ShardReader:
         return self.index.shards[int(self.index.records["shard"][i])]
 
     def _parse_many(self, numbers: Sequence[int]) -> list["dict[str, Any] | BadSample"]:
-        """Ranges of whole samples, one behind the other, are a tar: they are parsed as one.
+        """Parse ranges of whole samples together: one behind the other they are a tar.
 
         A parser for every sample would cost as much as reading it. Where the joint result is not
-        one sample per range, each range is parsed alone, so that the right one is blamed.
+        one sample per range, each range is parsed alone, so that the damaged one is named.
         """
         ranges: list[tuple[int, Shard, bytes] | BadSample] = []
         for i in numbers:
@@ -255,7 +255,7 @@ class ShardReader:
 
 
 class _Chain:
-    """Byte ranges as one stream, without a joint copy of them."""
+    """Presents byte ranges as one stream, without a joint copy."""
 
     def __init__(self, ranges: Sequence[bytes]) -> None:
         self._ranges = iter(ranges)

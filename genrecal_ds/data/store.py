@@ -1,8 +1,8 @@
-"""Where a folder of shards lives: a local folder, or a mounted or remote one behind a local cache.
+"""Opens a folder of shards: a local one, or a mounted or remote one behind a local cache.
 
-The cache is shared by the ranks of a node and by runs: files are named by their sha256, so two
-shards of one name never meet and changed content is another file. A file appears complete or not
-at all; the least recently used ones go when the cache is full.
+The ranks of a node and several runs share the cache. Files are named by their sha256, so two shards
+of one name never collide, and changed content is another file. A file appears complete or not at
+all. When the cache is full, the least recently used files are removed.
 """
 
 import fcntl
@@ -62,7 +62,7 @@ class ShardStore:
 
     @property
     def directory(self) -> Path:
-        """Where manifest and index lie: the folder itself, or its corner of the cache."""
+        """The folder of manifest and index: the folder itself, or its part of the cache."""
         if self.scheme is None:
             return Path(self.location).absolute()
         assert self.cache is not None
@@ -114,7 +114,7 @@ class ShardStore:
     def _copy(self, name: str, target: Path, sha256: str | None) -> int:
         """Copy, verify, rename; a wrong or cut copy never gets the name. Returns a descriptor.
 
-        It is opened before the rename: behind it another process may already make room.
+        The copy is opened before the rename: after it another process may already remove the file.
         """
         temporary = target.with_name(f".{target.name}.tmp")
         digest = hashlib.sha256()
@@ -176,7 +176,7 @@ class ShardStore:
 
 
 def _open_used(path: Path) -> int:
-    """Open a cached shard; its turn to go comes later now."""
+    """Open a cached shard and mark it as just used."""
     descriptor = os.open(path, _READ)
     os.utime(descriptor)
     return descriptor
@@ -184,7 +184,7 @@ def _open_used(path: Path) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process of the node at a time; the lock goes with its process."""
+    """Let one process of the node in at a time; the lock ends with its process."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

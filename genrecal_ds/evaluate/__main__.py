@@ -1,10 +1,10 @@
-"""Evaluate a model folder on shards.
+"""Evaluates a model folder on shards.
 
     python -m genrecal_ds.evaluate runs/demo/sft/student runs/demo/data/heldout --out result.json
     torchrun --nproc_per_node 8 -m genrecal_ds.evaluate ...
 
-Beside result.json goes result.predictions.jsonl, one line per sample. Both are the same on any
-number of ranks. Started again after a kill it goes on.
+Beside result.json lies result.predictions.jsonl, one line per sample. Both files are the same on
+any number of ranks. After a kill, the same command goes on.
 """
 
 import argparse
@@ -30,10 +30,10 @@ def evaluate(
     batch_size: int = 64, max_new_tokens: int = 32, metric: str | None = None,
     instruction: str = "", final_after: str = "",
 ) -> dict[str, Any]:  # fmt: skip
-    """Generate, score, write out and its predictions; returns what out holds. A collective.
+    """Generate and score answers, write `out` and predictions; return its content. A collective.
 
-    metric: one for all kinds, by name; default each kind's own. instruction: a line behind every
-    question. final_after: of an answer that holds it, what follows its last occurrence is scored.
+    metric: the name of one metric for all kinds; default: each kind's own. instruction: a line
+    behind every question. final_after: a marker; what follows its last occurrence is scored.
     """
     from genrecal_ds import dist
     from genrecal_ds.data.index import ShardIndex
@@ -82,19 +82,19 @@ def evaluate(
 
 
 def final_answer(text: str, marker: str) -> str:
-    """What follows the marker's last occurrence; all of a text without it."""
+    """Return what follows the marker's last occurrence, or all of a text without the marker."""
     return text.rpartition(marker)[2] if marker else text
 
 
 def _without_pictures(sample: "Sample") -> "Sample":
-    """Thousands of decoded pictures would be kept for the time of the scores."""
+    """Drop the pictures of a sample: thousands of them would stay in memory until the scores."""
     return replace(sample, images=[])
 
 
 def _facts(
     model: Path, data: str, batch_size: int, max_new_tokens: int, instruction: str
 ) -> dict[str, Any]:
-    """What decides the answers."""
+    """Collect the facts that decide the answers."""
     import torch
     from transformers import GenerationConfig
 
@@ -143,7 +143,7 @@ def _write(
 
 
 def _refusal(samples: "Sequence[Sample]", metric: str | None) -> str | None:
-    """A sample without answers would count as wrong, and a score of 0 would be believed."""
+    """Say why a sample cannot be scored: without gold answers it would count as wrong."""
     for sample in samples:
         if not sample.answers:
             return f"sample {sample.key}: no answers to score against; build shards with them"
@@ -155,7 +155,7 @@ def _refusal(samples: "Sequence[Sample]", metric: str | None) -> str | None:
 
 
 def _text(message: dict[str, Any]) -> str:
-    """The text parts of a message; a picture may come before, between or after them."""
+    """Join the text parts of a message; pictures may come before, between or after them."""
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 

@@ -1,4 +1,4 @@
-"""Greedy answers of a plain Hugging Face model to the last turn of every sample.
+"""Generates a plain Hugging Face model's greedy answers to the last turn of every sample.
 
 Shapes: B prompts of one batch, T longest prompt.
 """
@@ -23,7 +23,7 @@ disable_progress_bar()  # of loading weights: ours is the one that shows progres
 
 @dataclass
 class Generator:
-    """A model folder ready to answer, with the folder's own generation settings."""
+    """Answers with a model folder, by the folder's own generation settings."""
 
     folder: Path
     max_new_tokens: int = 32
@@ -61,7 +61,7 @@ class Generator:
 
 
 def instructed(messages: Messages, instruction: str) -> Messages:
-    """The turns with a line added to the last one."""
+    """Return the turns with a line added to the last turn."""
     if not instruction:
         return messages
     last = copy.deepcopy(messages[-1])
@@ -70,7 +70,7 @@ def instructed(messages: Messages, instruction: str) -> Messages:
 
 
 def left_pad(prompts: Sequence[dict[str, Tensor]], encoder: ChatEncoder) -> dict[str, Tensor]:
-    """One batch whose prompts end in the same column, where generation goes on."""
+    """Pad prompts on the left, so that all end in the column where generation goes on."""
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
     batch: dict[str, Tensor] = {}
     fills = {"input_ids": encoder.end_of_turn, "attention_mask": 0}

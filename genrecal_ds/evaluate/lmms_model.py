@@ -1,4 +1,4 @@
-"""An exported student as a model of lmms-eval: `--model genrecal_export`, for any of its tasks.
+"""Offers an exported student to lmms-eval, for any task: `--model genrecal_export`.
 
 Imported by lmms-eval alone, through the entry point `lmms_eval.models` (setup.py).
 """
@@ -15,7 +15,7 @@ from genrecal_ds.evaluate.generate import Generator
 
 
 class Export(lmms):
-    """Greedy answers of a model folder, with its own chat template, as genrecal_ds.evaluate's."""
+    """Answers greedily with a folder's own chat template, as genrecal_ds.evaluate does."""
 
     is_simple = False  # takes turns with pictures in their places
 
@@ -24,7 +24,7 @@ class Export(lmms):
         self.folder, self.batch_size = Path(pretrained), int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """All at once, in the order given; the tokens a task allows are the first request's."""
+        """Answer all requests, in the order given, with the token limit of the first request."""
         if not requests:
             return []
         generator = Generator(self.folder, requests[0].args[2].get("max_new_tokens", 32))

@@ -1,4 +1,4 @@
-"""Shards as a task of lmms-eval, so that its models answer them and its functions score them.
+"""Writes shards as a task of lmms-eval: its models answer, its functions score.
 
     python -m genrecal_ds.evaluate.lmms_tasks SHARDS OUT --name heldout
     python -m lmms_eval --include_path OUT --tasks genrecal_heldout --model genrecal_export \\
@@ -83,13 +83,13 @@ def to_visual(doc: Doc) -> list[Image.Image]:
 
 
 def to_text(doc: Doc, lmms_eval_specific_kwargs: Any = None) -> str:
-    """The last question, for models that take no turns."""
+    """Return the last question, for models that take no turns."""
     parts = json.loads(doc["messages"])[-2]["content"]
     return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def to_messages(doc: Doc, lmms_eval_specific_kwargs: Any = None) -> list[dict[str, Any]]:
-    """All turns but the last, with the pictures in their places."""
+    """Return all turns but the last, with the pictures in their places."""
     pictures = iter(to_visual(doc))
 
     def part_of(part: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def to_target(doc: Doc) -> str:
 
 
 def with_scores(doc: Doc, results: list[str]) -> dict[str, float]:
-    """By lmms-eval's own function where it has one for the kind, else by ours."""
+    """Score by lmms-eval's own function where it has one for the kind, else by ours."""
     return {"score": score_of(doc["kind"], results[0], list(doc["answers"]))}
 
 

@@ -1,9 +1,9 @@
-"""Answers of several exports side by side, with their pictures: one page, errors first.
+"""Writes one page of several exports' answers side by side, with pictures, errors first.
 
     python -m genrecal_ds.evaluate.page SHARDS RESULT.json [RESULT.json ...] --out page.html
 
-Results are those of genrecal_ds.evaluate on the same shards. What the last one has wrong comes
-first, among those what another has right.
+The results come from genrecal_ds.evaluate on the same shards. Samples that the last model has wrong
+come first, and among them those that another model has right.
 """
 
 import argparse
@@ -42,7 +42,7 @@ _BODY = """<table><tr><th>result<th>score<th>95 %<th>n</tr>
 
 
 def page(shards: Path, results: Sequence[Path], most: int) -> str:
-    """Raises UserError for a result of other shards, or without its predictions."""
+    """Make the page. Raises UserError for a result of other shards or without predictions."""
     reader = ShardReader(ShardIndex.load(shards))
     read = [_read(path, reader.index.fingerprint) for path in results]
     names = _names(results)
@@ -58,12 +58,12 @@ def page(shards: Path, results: Sequence[Path], most: int) -> str:
 
 
 def _rank(scores: list[float]) -> tuple[float, float]:
-    """The last one's errors first; of these, those that most others have right."""
+    """Sort the last model's errors first, and among them those that most others have right."""
     return scores[-1], -sum(scores[:-1])
 
 
 def _names(results: Sequence[Path]) -> list[str]:
-    """Files' names, or their paths where names are equal."""
+    """Name the results by their files, or by their paths where names are equal."""
     names = [path.stem for path in results]
     return names if len(set(names)) == len(names) else [str(path) for path in results]
 

@@ -1,9 +1,9 @@
-"""Answers to all samples, on any number of ranks, going on after a kill.
+"""Answers all samples on any number of ranks, and goes on after a kill.
 
-Which samples are answered together does not depend on the ranks: batches are fixed, and dealt out.
-So the answers are the same on one rank and on many, also where padding rounds differently.
+Batches are fixed and dealt out to the ranks, so the ranks do not decide which samples are answered
+together. The answers are the same on one rank and on many, also where padding rounds differently.
 
-    OUT.parts/identity.json     what the answers belong to; another one is refused
+    OUT.parts/identity.json     what the answers belong to; another identity is refused
     OUT.parts/0001-000.jsonl    one rank's batches in one start: {"batch": 3, "answers": [...]}
 """
 
@@ -23,7 +23,7 @@ from genrecal_ds.evaluate.generate import Generator
 
 
 def join_ranks() -> None:
-    """Under torchrun or SLURM: meet the others. They exchange nothing but when they are done."""
+    """Join the other ranks, under torchrun or SLURM; they only tell each other when they end."""
     if dist.world_size() > 1 and not dist.is_initialized():
         torch.distributed.init_process_group("gloo")
         if torch.cuda.is_available():
@@ -34,7 +34,7 @@ def predict(
     model: Path, reader: ShardReader, num_samples: int, parts: Path, identity: dict[str, Any],
     batch_size: int, max_new_tokens: int, instruction: str = "",
 ) -> list[str]:  # fmt: skip
-    """One answer for each of the first samples, in order, on every rank. A collective.
+    """Return one answer for each of the first samples, in order, on every rank. A collective.
 
     Raises UserError where parts belong to another identity.
     """
@@ -63,14 +63,14 @@ def predict(
 
 
 def discard(parts: Path) -> None:
-    """After the result is written."""
+    """Remove the parts, after the result is written."""
     if dist.is_main():
         shutil.rmtree(parts, ignore_errors=True)
     dist.barrier()
 
 
 def _claim(parts: Path, identity: dict[str, Any]) -> str | None:
-    """What is wrong with the folder, if anything; a new one is made."""
+    """Make a new folder, or say what is wrong with the one that is there."""
     path = parts / "identity.json"
     if path.is_file():
         found = json.loads(path.read_text())
@@ -87,13 +87,13 @@ def _claim(parts: Path, identity: dict[str, Any]) -> str | None:
 
 
 def _new_part(parts: Path) -> Path:
-    """A file of this start's own: an earlier one may end in half a line."""
+    """Name a new file for this start: an earlier file may end in half a line."""
     rank = f"{dist.rank():04d}"
     return parts / f"{rank}-{len(list(parts.glob(f'{rank}-*.jsonl'))):03d}.jsonl"
 
 
 def _read(parts: Path) -> dict[int, list[str]]:
-    """Whole batches of all starts."""
+    """Read the whole batches of all starts."""
     return {
         line["batch"]: line["answers"]
         for path in sorted(parts.glob("*-*.jsonl"))

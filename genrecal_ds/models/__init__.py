@@ -1,1 +1,1 @@
-"""Any Hugging Face VLM as (vision, projector, body, head); the Recalibrator; chats to tokens."""
+"""Wraps Hugging Face VLMs as vision, projector, body, head; holds the Recalibrator."""

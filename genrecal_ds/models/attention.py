@@ -1,11 +1,11 @@
-"""Causal attention over packed rows of several spans, no padding in what calls it.
+"""Computes causal attention over packed rows of several spans, without padding outside it.
 
 Shapes: Q query rows, K key rows, h query heads, g key and value heads, E head width, C spans.
 
-Backends, an explicit choice of the recipe that never falls back:
+The recipe chooses the backend. A backend that cannot run is an error, never replaced by another:
     sdpa     torch's scaled_dot_product_attention; spans are padded for this call alone
     varlen   torch.nn.attention.varlen, CUDA with bf16 or fp16
-    flash    the flash-attn package, likewise
+    flash    the flash-attn package, CUDA with bf16 or fp16
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ Backend = Literal["sdpa", "varlen", "flash"]
 class Spans(NamedTuple):
     """Which query rows attend to which keys: span c's queries to span c's keys, causally.
 
-    The last query of a span stands on its last key; with as many queries as keys this is plain
-    causal attention. Lengths are known on the CPU, so nothing waits for the device.
+    The last query of a span stands on the span's last key. With as many queries as keys this is
+    plain causal attention. Lengths are known on the CPU, so nothing waits for the device.
     """
 
     cu_queries: Tensor  # int32 [C + 1]

@@ -1,10 +1,9 @@
-"""A chat with images becomes token ids, vision inputs and answer spans, for one model.
+"""Turns a chat with images into one model's token ids, vision inputs and answer spans.
 
-The answer a_k of turn k is its content tokens and the end-of-turn token, on every model alike:
-also where a template's generation block leaves the end-of-turn out. Tokens after the last
-end-of-turn are dropped. Spans are found by characters, never by decoding or by tokenising a
-prefix: a token that straddles the boundary (some templates end the prompt with a plain space)
-counts as answer.
+The answer a_k of turn k is its content tokens and the end-of-turn token. This holds for every
+model, also where a template's generation block leaves the end-of-turn out. Tokens after the last
+end-of-turn are dropped. Spans are found by characters, never by decoding or by tokenising a prefix.
+A token that straddles the boundary counts as answer (some templates end the prompt with a space).
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from genrecal_ds.models.vlm import read_config
 
 
 class ChatEncoder:
-    """Encodes chats for the model in `folder`. Refuses, in one line, what it could not do right."""
+    """Encodes chats for the model in `folder`; refuses a model whose chats it cannot encode."""
 
     def __init__(self, folder: str | Path, max_length: int):
         self.folder, self.max_length = Path(folder), max_length
@@ -195,7 +194,7 @@ class ChatEncoder:
         return start, start + int(ends[0]) + 1
 
     def _find_end_of_turn(self) -> int:
-        """The first stop token after an answer: what generate stops at ends the turn."""
+        """Find the first stop token after an answer: where generate stops, the turn ends."""
         stops = {self.tokenizer.eos_token_id}
         if (self.folder / "generation_config.json").is_file():
             eos = GenerationConfig.from_pretrained(self.folder).eos_token_id
@@ -243,14 +242,14 @@ def digest_folder(folder: Path) -> str:
 
 
 class _Expansion:
-    """A text before and after a processor put placeholders in place of pictures."""
+    """Maps a text to what a processor made of it: placeholders in place of pictures."""
 
     def __init__(self, replacements: Any):
         # A text-only chat has none: None, or an empty list or tensor, depending on the family.
         self._replaced = replacements[0] if replacements is not None and len(replacements) else []
 
     def char(self, char: int) -> int:
-        """A character's place after it."""
+        """The place of a character in the processor's text."""
         gained = 0
         for replaced in self._replaced:
             if replaced["span"][1] <= char:

@@ -1,14 +1,14 @@
-"""Facts per model family, as data; no logic. transformers' own tables say the rest (classes).
+"""Lists facts per model family, as data without logic; transformers' tables say the rest.
 
 `components` maps parameter-name prefixes to components; the longest matching prefix wins.
 `vision_inputs` says how a processor's image tensors of single samples become a batch:
   rows    concatenate along dim 0 (patches, tiles, grids)
   tokens  one value per token: pad like input_ids, with 0
   tiles   [n, tiles, ...]: pad dim 1 with zeros to the batch's largest, then concatenate
-  canvas  [n, channels, height, width]: pad height and width likewise
+  canvas  [n, channels, height, width]: pad height and width with zeros, then concatenate
   columns concatenate along the last dim
-  patches numbers of patches of pixel_values [crops, patches, ..]: counted on from sample to
-          sample, then as rows; negative ones stand for none and stay
+  patches numbers of patches of pixel_values [crops, patches, ..]: shifted by the patches of the
+          samples before, then concatenated like rows; negative numbers stand for none and stay
 """
 
 from dataclasses import dataclass, field, replace

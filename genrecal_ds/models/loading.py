@@ -1,4 +1,4 @@
-"""Reading a folder's safetensors: one tensor, or only the rows that a rank owns."""
+"""Reads a folder's safetensors: one tensor, or only the rows that a rank owns."""
 
 import copy
 import itertools
@@ -47,7 +47,7 @@ class Checkpoint:
         return safe_open(self.folder / self._file_of[name], framework="pt")
 
     def dtypes(self) -> list[str]:
-        """Kinds of numbers in the files, in safetensors' words (BF16, F32), from their headers."""
+        """The dtypes in the files, in safetensors' words (BF16, F32), read from the headers."""
         found = set()
         for file_name in sorted(set(self._file_of.values())):
             with safe_open(self.folder / file_name, framework="pt") as file:
@@ -106,12 +106,12 @@ class Source:
 
 
 def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]:
-    """Where every parameter of `model` (an HF model, not sharded; on meta will do) comes from.
+    """Find where every parameter of `model` (an unsharded HF model, on meta or not) comes from.
 
-    transformers renames, splits and joins some families' tensors on load; this follows it where
-    values are moved only. Tied weights share the one tensor that is stored. Raises UserError when
-    a parameter is missing or of another shape, or a stored tensor has no home: nothing is ever
-    silently random.
+    transformers renames, splits and joins some families' tensors on load. This function follows
+    transformers where values are only moved. Tied weights share the one tensor that is stored.
+    Raises UserError when a parameter is missing or has another shape, or when a stored tensor has
+    no parameter. So no parameter is ever silently random.
     """
     found = _stored(model, checkpoint)
     sources: dict[str, Source] = {}
@@ -182,7 +182,7 @@ ROWS_OF_A_TENSOR = 2**40  # more than any has: tells rows of one stored tensor f
 
 
 def _row_numbers(number: int, shape: tuple[int, ...]) -> Tensor:
-    """In place of a stored tensor: a number for each of its rows, to see where they go."""
+    """Replace a stored tensor by the numbers of its rows, to see where the rows go."""
     rows = shape if len(shape) == 1 else (*shape[:-1], 1)
     return torch.arange(math.prod(rows)).view(rows) + number * ROWS_OF_A_TENSOR
 
@@ -208,7 +208,7 @@ def _followed(checkpoint: Checkpoint, names: list[str], name: str, rows: Tensor)
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """experts.2 before experts.10."""
+    """Sort names by their numbers: experts.2 before experts.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 

@@ -1,4 +1,4 @@
-"""LoRA on the student's decoder blocks, by peft; a stage's result has it merged into the weights.
+"""Adds LoRA adapters to the student's blocks, by peft; merges them into a stage's result.
 
 Shapes: r rank, I inputs, O outputs of a linear layer.
 """
@@ -42,9 +42,9 @@ def add_adapters(vlm: VLM, config: LoraConfig) -> None:
 
 
 def merged(state: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A state with adapters as one without: W + scale * B A, under the layers' own names.
+    """Merge the adapters of a state into its weights: W + scale * B A, under the layers' own names.
 
-    Added in fp32, and rounded once.
+    The sum is formed in fp32 and rounded once.
     """
     plain = {
         name.replace(".base_layer.", "."): value

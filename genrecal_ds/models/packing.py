@@ -1,10 +1,10 @@
-"""A padded batch as one sequence of real tokens, and back: bodies that do no work on padding.
+"""Runs a body without padding: a padded batch becomes one sequence of real tokens.
 
-Samples are kept apart in one of two ways. Where plain causal attention is all that a decoder does,
-its attention becomes ours (models/attention.py): within each sample, by where samples begin. Else
-(a softcap, a sliding window, or a backend that the recipe names) transformers keeps them apart, by
-position ids that start again at 0 and no mask: a block mask over all tokens of the batch, or flash
-attention's own bookkeeping.
+Samples are kept apart in one of two ways. Where a decoder does plain causal attention only, our
+attention replaces its own (models/attention.py) and attends within each sample. Otherwise (for a
+softcap, a sliding window, or a backend that the recipe names) transformers keeps samples apart:
+position ids start again at 0 and no mask is given. transformers then makes a block mask over all
+tokens of the batch, or uses flash attention's own bookkeeping.
 
 Shapes: B samples, T longest, P real tokens of all samples, D width, h heads, E head width.
 """
@@ -24,16 +24,16 @@ OURS = "genrecal_spans"  # in transformers' table of attention functions
 
 
 class Samples:
-    """Where the samples of the batch at hand begin. One object for all layers of a decoder.
+    """Holds where the samples of the current batch begin; one object for all layers of a decoder.
 
-    Kept until the next batch, since checkpointed blocks ask again in backward.
+    The spans stay until the next batch, because checkpointed blocks read them again in backward.
     """
 
     spans: Spans | None = None
 
 
 def is_plain(config: PreTrainedConfig) -> bool:
-    """Whether a text config asks for nothing but causal attention."""
+    """Whether a text config asks for plain causal attention only."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     has_window = getattr(config, "sliding_window", None) is not None and not (
         hasattr(config, "use_sliding_window") and not config.use_sliding_window
@@ -71,7 +71,7 @@ def packed_inputs(
     vision: Mapping[str, Tensor],
     real_P: Tensor,
 ) -> dict[str, Any]:
-    """What `body` is called with in place of a padded batch; vision inputs keep their order."""
+    """Make the packed inputs of `body` from a padded batch; vision inputs keep their order."""
     text_BT = attention_mask_BT.cumsum(-1) - 1
     packed = {"input_ids": _rows(input_ids_BT, real_P), "attention_mask": None}
     for key, value in vision.items():
@@ -97,7 +97,7 @@ def packed_inputs(
 
 
 def spans_of(attention_mask_BT: Tensor) -> Spans:
-    """Each sample by itself. The longest is the batch's width, known without asking the device."""
+    """One span per sample. The longest is the batch's width, known without asking the device."""
     lengths_B = attention_mask_BT.sum(-1, dtype=torch.int32)
     cu = torch.nn.functional.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
     longest = attention_mask_BT.shape[1]
@@ -105,7 +105,7 @@ def spans_of(attention_mask_BT: Tensor) -> Spans:
 
 
 def unpacked(hidden_1PD: Tensor, input_ids_BT: Tensor, real_P: Tensor) -> Tensor:
-    """hidden [B, T, D]; rows of padding are 0."""
+    """Put packed rows back into hidden [B, T, D]; rows of padding are 0."""
     flat = hidden_1PD.new_zeros(input_ids_BT.numel(), hidden_1PD.shape[-1])
     return flat.index_copy(0, real_P, hidden_1PD[0]).unflatten(0, input_ids_BT.shape)
 

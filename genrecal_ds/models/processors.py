@@ -1,9 +1,9 @@
-"""Processors without torchvision: the PIL image backend, the tokenizer, no video and no audio.
+"""Loads tokenizers, and image processors on the PIL backend; leaves out video and audio.
 
-transformers builds a processor's video part with torchvision, even to read one picture. Here the
-part is left out. Pixels always come from the PIL backend, whatever is installed: PIL and
-torchvision resize to different pixels, and a run must not depend on which one is there. Families
-that have no PIL backend (Family.needs_torchvision) take torchvision's, or are refused.
+transformers builds a processor's video part with torchvision, even to read one picture. This module
+leaves the video part out. Pixels always come from the PIL backend, whatever is installed. PIL and
+torchvision resize to different pixels, and a run must not depend on which of them is installed.
+Families without a PIL backend (Family.needs_torchvision) use torchvision's, or are refused.
 """
 
 import importlib
@@ -27,14 +27,14 @@ from genrecal_ds.models.tokenizer_files import check_tokenizer, is_plain
 
 
 class LeftOut:
-    """In place of a processor's video or audio part: whatever its __init__ asks of it is None."""
+    """Stands in for a processor's video or audio part: every attribute read from it is None."""
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 class TextProcessor:
-    """A tokenizer called as a processor is; it has no pictures to prepare."""
+    """A tokenizer that is called like a processor; it prepares no pictures."""
 
     image_token = None
 
@@ -52,8 +52,9 @@ class TextProcessor:
 
 
 class ExpandingProcessor:
-    """A processor whose text path is left aside: each placeholder of a picture is repeated, as
-    often as the picture has tokens, and nothing else of the text is changed."""
+    """Replaces a processor's text path: repeats each picture's placeholder once per picture token.
+
+    Nothing else of the text is changed."""
 
     def __init__(self, processor: ProcessorMixin, template: str | None):
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -92,9 +93,9 @@ def build_processor(
     image_processor_type: str | None = None,
     **settings: Any,
 ) -> ProcessorMixin:
-    """A family's processor from its parts; image_settings are the image processor's own keys.
+    """Build a family's processor from its parts; image_settings are the image processor's keys.
 
-    The two class names are what a folder's files say; default: transformers' own for the family.
+    The two class names come from a folder's files; default: transformers' own for the family.
     Raises UserError for a family without a processor, or one whose backend is not installed.
     """
     name = processor_class or PROCESSOR_MAPPING_NAMES.get(model_type)
@@ -130,7 +131,7 @@ def build_processor(
 
 
 def backend(model_type: str) -> str:
-    """Where a family's pixels come from: pil, torchvision, or none for a text-only model."""
+    """The backend of a family's pixels: pil, torchvision, or none for a text-only model."""
     family = FAMILIES[model_type]
     if not family.vision_inputs:
         return "none"
@@ -138,7 +139,7 @@ def backend(model_type: str) -> str:
 
 
 def load_processor(folder: str | Path) -> ProcessorMixin | TextProcessor | ExpandingProcessor:
-    """The processor of a model folder. Raises UserError naming the folder and the missing file."""
+    """Load a folder's processor. Raises UserError naming the folder and the missing file."""
     folder = Path(folder)
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     tokenizer = load_tokenizer(folder)
@@ -168,7 +169,7 @@ def load_processor(folder: str | Path) -> ProcessorMixin | TextProcessor | Expan
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Raises UserError where the folder has none, or one that splits otherwise than it says."""
+    """Load a tokenizer. Raises UserError where there is none, or it splits unlike its own file."""
     try:
         if is_plain(folder):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -185,7 +186,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _image_processor_class(model_type: str, name: str | None) -> type:
-    """By the folder's word, else transformers' for the family; PIL wherever there is one."""
+    """The class that the folder names, else transformers' for the family; PIL where it exists."""
     names = dict(IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {}))
     if name:
         stem = name.removesuffix("Fast").removesuffix("Pil")

@@ -1,4 +1,4 @@
-"""The Recalibrator: lets the teacher's language head read the student's features.
+"""Defines the Recalibrator, which lets the teacher's language head read the student's features.
 
     [z_qs ; Proj-pre(z_al)] -> Rec-body -> Proj-post -> norm      (mixed, paper section 3.2)
 
@@ -30,7 +30,7 @@ Positions = Literal["new", "own"]
 
 
 class TokenAlign(nn.Module):
-    """Holds Proj-pre. A module of its own, so that ZeRO-3 gathers the weight for this call only."""
+    """Holds Proj-pre, as a module of its own: ZeRO-3 gathers the weight for this call only."""
 
     def __init__(self, student_width: int, teacher_width: int, dtype: torch.dtype):
         super().__init__()
@@ -47,7 +47,7 @@ class TokenAlign(nn.Module):
 class Recalibrator(nn.Module):
     """Two projections around decoder blocks of the student's own configuration.
 
-    Lives in training only. Source: paper section 3.2 and table 6 (depth 2).
+    It exists in training only. Source: paper section 3.2 and table 6 (depth 2).
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Recalibrator(nn.Module):
         attention: Backend = "sdpa",
         positions: Positions = "new",
     ):
-        """blocks: `packed` (packed_blocks.py), `transformers`' own, or `auto`, packed if it can.
-        positions: `new` is the paper's NPE; `own`, its ablation, keeps those of the two models.
+        """blocks: `packed` (packed_blocks.py), `transformers`' own, or `auto`: packed where it can.
+        positions: `new` is the paper's NPE; `own`, an ablation, keeps the two models' positions.
 
         Raises UserError for packed blocks of a family that has none.
         """
@@ -77,9 +77,9 @@ class Recalibrator(nn.Module):
         self.norm = nn.RMSNorm(teacher_width, eps=eps, dtype=dtype)
 
     def initialize(self, std: float, teacher_norm_H: Tensor | None) -> None:
-        """Blocks and projections N(0, std), biases 0, the last norm the teacher's own.
+        """Draw blocks and projections from N(0, std), zero biases, copy the teacher's final norm.
 
-        Other norms stay as their class makes them: some multiply by 1 + weight.
+        Other norms stay as their class makes them, because some multiply by 1 + weight.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
@@ -93,7 +93,7 @@ class Recalibrator(nn.Module):
     def forward(
         self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, packing: Packing
     ) -> Tensor:
-        """rows [N, H] for packing.loss_rows, ready for the teacher's head.
+        """Return rows [N, H] for packing.loss_rows, ready for the teacher's head.
 
         Proj-post and the norm run on the loss rows only; no other row is read.
         """
@@ -112,10 +112,10 @@ class Recalibrator(nn.Module):
     def _transformers_blocks(
         self, packed_PD: Tensor, packing: Packing, position_ids_P: Tensor
     ) -> Tensor:
-        """Any family's own decoder, over sequences right-padded to the longest.
+        """Run the family's own decoder over sequences right-padded to the longest.
 
-        No padding mask: under a causal one no real row attends to the padding behind it. One row
-        of all sequences under a block mask was 1.5 to 2.4 times as slow (docs/performance.md).
+        No padding mask is needed: under a causal mask no real row attends to the padding behind it.
+        One row of all sequences under a block mask took 1.5 to 2.4 times as long.
         """
         num_sequences, longest = packing.num_sequences, packing.max_seqlen
         slot_P = packing.sequence_P * longest + packing.position_ids_P

@@ -1,8 +1,8 @@
-"""Model folders that bring code of their own: off, unless the recipe lists every file's sha256.
+"""Refuses model folders with code of their own unless the recipe lists each file's sha256.
 
-Permission is by content, not by place: a student exported from such a folder carries the same
-files and may run, a folder with one byte more may not. Nothing of a folder is imported before
-its files were compared.
+Permission goes by content, not by place. A student exported from such a folder carries the same
+files and may run. A folder with one byte more may not. No file of a folder is imported before all
+files were compared.
 """
 
 import hashlib
@@ -49,6 +49,6 @@ def allow(folder: str | Path, files: Mapping[str, str], family: Family) -> None:
 
 
 def is_allowed(folder: str | Path) -> bool:
-    """Whether code of this folder may run: it has some, and every file of it is listed."""
+    """Whether code of this folder may run: the folder has code, and every file of it is listed."""
     found = code_of(folder)
     return bool(found) and frozenset(found.items()) in _allowed

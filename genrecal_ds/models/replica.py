@@ -1,6 +1,7 @@
-"""A frozen model whole on this rank, for teachers that fit: no gathering, and room for 8 bits.
+"""Loads a frozen model whole on this rank, in full precision or in 8 bits.
 
-Filled module by module: host memory grows with what is kept, not with the whole in full precision.
+The model is filled module by module, so host memory grows with what is kept, not with the whole
+model in full precision.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,10 @@ def load_replica(
     pack: bool | None = False,
     attention: str | None = None,
 ) -> VLM:
-    """A frozen VLM on `device`. int8: weights of its decoder's linear layers as 8-bit integers
-    with a scale per row (torchao), multiplied in `dtype`.
+    """Load a frozen VLM on `device`.
+
+    int8: the weights of the decoder's linear layers become 8-bit integers with a scale per row
+    (torchao) and are multiplied in `dtype`.
 
     Raises UserError where torchao is missing.
     """
@@ -52,10 +55,10 @@ def load_replica(
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer whose weight torchao holds in 8 bits; widened for the length of a call.
+    """A linear layer whose weight torchao holds in 8 bits and which is widened for each call.
 
-    torchao would multiply by itself, but finds its weights by torch's own F.linear, which
-    DeepSpeed's ZeRO-3 replaces in the whole process.
+    torchao's own multiplication needs torch's F.linear, which DeepSpeed's ZeRO-3 replaces in the
+    whole process.
     """
 
     def forward(self, rows: Tensor) -> Tensor:

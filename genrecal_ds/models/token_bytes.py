@@ -1,4 +1,4 @@
-"""The bytes that each token of a vocabulary stands for, or a refusal; and tables of them."""
+"""Finds the bytes that each token of a vocabulary stands for, or refuses the vocabulary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ PROBES = (
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes | None]:
-    """By token id; None for special tokens and ids that nothing has.
+    """Each token id's bytes; None for special tokens and for ids without a token.
 
     Raises UserError where no way of spelling gives a text back.
     """
@@ -41,7 +41,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes 
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Spelling:
-    """The way in which pieces spell every probe that the vocabulary has the characters for."""
+    """Find the spelling by which pieces give back every probe whose characters are known."""
     for spelling, _ in SPELLINGS:
         said = [_spells(tokenizer, spelling, probe) for probe in PROBES]
         if True in said and False not in said:
@@ -53,7 +53,7 @@ def _spelling(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Spelling:
 
 
 def _spells(tokenizer: PreTrainedTokenizerBase, spelling: Spelling, text: str) -> bool | None:
-    """Up to a blank in front; None where the vocabulary lacks a character of the text."""
+    """Whether pieces spell the text, but for a blank in front; None for unknown characters."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.unk_token_id in ids:
         return None
@@ -68,7 +68,7 @@ def _spells(tokenizer: PreTrainedTokenizerBase, spelling: Spelling, text: str) -
 def byte_vocabulary(
     pieces: Sequence[bytes | None], end_of_turn: int, num_logits: int, device: torch.device
 ) -> ByteVocabulary:
-    """Tables for ops/next_byte. num_logits: columns of the head, padding included."""
+    """Make the tables of ops/next_byte. num_logits: columns of the head, padding included."""
     shown = enumerate(pieces[:num_logits])  # of some families the head lacks the last tokens
     tokens = [token for token, piece in shown if piece and token != end_of_turn]
     tokens.sort(key=lambda token: pieces[token] or b"")

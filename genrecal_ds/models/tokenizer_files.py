@@ -1,8 +1,8 @@
-"""What a folder's tokenizer files say, held against the tokenizer that transformers made of them.
+"""Compares a folder's tokenizer files with the tokenizer that transformers made of them.
 
-transformers picks a class by names (model_type, tokenizer_class), and many a class reads a file
-of another kind without a word: a unigram vocabulary as BPE, a blank in front left out, a file
-that is not there as an empty vocabulary. The model would then be taught wrongly split text.
+transformers picks a tokenizer class by names (model_type, tokenizer_class). Many classes read a
+file of another kind without an error: a unigram vocabulary as BPE, a text without its blank in
+front, a missing file as an empty vocabulary. The model would then be taught wrongly split text.
 """
 
 import json
@@ -26,9 +26,9 @@ _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def is_plain(folder: Path) -> bool:
-    """Whether the folder says that tokenizer.json is all; AutoTokenizer does not always listen.
+    """Whether the folder says that tokenizer.json alone defines the tokenizer.
 
-    For some model_types (qwen2) it puts the family's own class in its place.
+    AutoTokenizer ignores this for some model_types (qwen2) and takes the family's own class.
     """
     path = folder / "tokenizer_config.json"
     said = json.loads(path.read_text()) if path.is_file() else {}
@@ -37,7 +37,7 @@ def is_plain(folder: Path) -> bool:
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where the tokenizer does not do what its file says."""
+    """Raises UserError where the tokenizer splits text in another way than its file says."""
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:
         raise UserError(
@@ -94,7 +94,7 @@ def _check_sentencepiece(path: Path, model: Any, tokenizer: PreTrainedTokenizerB
 
 
 def check_embedding(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises UserError for a token without a row. Rows without a token are padding, and usual."""
+    """Raises UserError for a token without an embedding row. Rows without a token are padding."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(

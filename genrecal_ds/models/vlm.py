@@ -1,4 +1,4 @@
-"""Any Hugging Face VLM or LLM as one interface: body, head, and what each parameter belongs to.
+"""Wraps any Hugging Face VLM or LLM as a body, a head and named components.
 
 Shapes: B batch, T sequence length, D width, N loss rows, V vocabulary.
 """
@@ -42,7 +42,7 @@ SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 class LogitTransform(NamedTuple):
-    """What a family does to logits behind its head: softcap(scale * logits)."""
+    """What a family does to logits after its head: softcap(scale * logits)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -54,15 +54,16 @@ Loss = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 class LanguageHead(nn.Linear):
     """A model's own output layer that can also compute a loss without all logits.
 
-    That is done inside this module's forward, because there ZeRO-3 has gathered the weight; read
-    anywhere else it has no elements.
+    The loss is computed inside this module's forward, because ZeRO-3 has gathered the weight there.
+    Anywhere else the weight has no elements.
     """
 
     transform = LogitTransform()
 
     def forward(self, rows: Tensor, loss: Loss | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of rows [.., D] as the family's own code expects them, before its transform; or
-        what `loss` makes of rows [N, D] and the gathered head, the transform included."""
+        """Return logits of rows [.., D] as the family's code expects them, before its transform.
+
+        With `loss`, return what `loss` makes of rows [N, D] and the head, transform included."""
         if loss is None:
             return super().forward(rows)
         return loss(rows, Head(self.weight, self.bias, *self.transform))
@@ -90,7 +91,7 @@ class LanguageHead(nn.Linear):
         )
 
     def logits(self, rows: Tensor) -> Tensor:
-        """What the model says of rows [.., D]: its transform included."""
+        """The model's logits for rows [.., D], its transform included."""
         return _transformed(self(rows), self.transform)
 
 
@@ -138,10 +139,10 @@ class VLM(nn.Module):
         pack: bool | None = False,
         attention: str | None = None,
     ) -> "VLM":
-        """The architecture of a folder with random weights; call it under zero.Init to shard it.
+        """Build a folder's architecture with random weights; under zero.Init it is sharded.
 
-        attention: of transformers' backends; default its own choice. Raises UserError for a
-        family without facts in models/families.py, or a backend that would ignore a softcap.
+        attention: one of transformers' backends; default: transformers' choice. Raises UserError
+        for a family without facts in models/families.py, or a backend that would ignore a softcap.
         """
         config = read_config(folder)
         attention = attention or FAMILIES[config.model_type].attention
@@ -159,8 +160,10 @@ class VLM(nn.Module):
         vision: Mapping[str, Tensor],
         real_P: Tensor | None = None,
     ) -> Tensor:
-        """hidden [B, T, D] after the final norm: what enters the head. real_P: flat positions of
-        the real tokens in [B * T], needed to pack; rows of padding are then 0."""
+        """Return hidden [B, T, D] after the final norm, which is what enters the head.
+
+        real_P: flat positions of the real tokens in [B * T], needed to pack. In a packed body rows
+        of padding are 0."""
         vision = {
             key: value.to(self.model.dtype) if value.is_floating_point() else value
             for key, value in vision.items()
@@ -182,11 +185,11 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def check(self, input_ids: Tensor) -> None:
-        """One forward on text: our head on our body must give the family's own logits.
+        """Check on one text that our head on our body gives the family's own logits.
 
-        What transformers does behind a head differs by family and version; a model for which
-        this does not hold would be taught towards other logits than it answers with. Under
-        ZeRO-3 a collective, and only inside an engine. Raises UserError saying what differs.
+        What transformers does behind a head differs by family and version. Without this check a
+        model could be taught towards other logits than it answers with. Under ZeRO-3 this is a
+        collective and works only inside an engine. Raises UserError saying what differs.
         """
         mask, tokens = torch.ones_like(input_ids), {"token_type_ids", "mm_token_type_ids"}
         per_token = {
@@ -223,7 +226,7 @@ class VLM(nn.Module):
         return self.head.weight is self.model.get_input_embeddings().weight
 
     def components(self) -> Iterator[tuple[str, nn.Parameter, str]]:
-        """(name, parameter, component) of every parameter, a tied pair once, as `embeddings`."""
+        """(name, parameter, component) of every parameter; a tied pair once, as `embeddings`."""
         for name, parameter in self.named_parameters():
             yield name, parameter, self.component_of(name)
 
@@ -232,8 +235,10 @@ class VLM(nn.Module):
         return component_of(name.removeprefix("model."), self.family.components)
 
     def train_only(self, trained: tuple[str, ...]) -> None:
-        """Set requires_grad by component. A tied weight follows `head` and `embeddings` as one;
-        of layers with adapters only those train.
+        """Set requires_grad by component.
+
+        A tied weight follows `head` and `embeddings` as one. In layers with adapters only the
+        adapters train.
 
         Raises UserError when a tied model is asked to train one of the two only.
         """
@@ -263,7 +268,7 @@ def skeleton(folder: str | Path) -> VLM:
 
 
 def auto_class(config: PreTrainedConfig) -> type:
-    """transformers' factory for a family: with eyes, or text only; else the one its code names."""
+    """The transformers factory of a family: multimodal or text only; else what its code names."""
     if config.model_type in CONFIG_MAPPING:
         has_eyes = bool(FAMILIES[config.model_type].vision_inputs)
         return AutoModelForMultimodalLM if has_eyes else AutoModelForCausalLM
@@ -283,7 +288,7 @@ def plain_model(folder: str | Path) -> PreTrainedModel:
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:
-    """From the names that text configs give it; VLM.check shows whether that is all."""
+    """Read the transform from a text config; VLM.check shows whether the config says everything."""
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
@@ -343,14 +348,14 @@ def load_vlm(
 
 
 class TeacherBody(nn.Module):
-    """The frozen teacher without its head: only the rows that someone reads leave it."""
+    """The frozen teacher without its head; it returns only the rows that are read."""
 
     def __init__(self, teacher: VLM):
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TeacherBody":
-        """Always in eval mode, whatever the engine asks for."""
+        """Stay in eval mode, whatever the engine asks for."""
         return super().train(False)
 
     def forward(

@@ -1,11 +1,11 @@
-"""Memory, traffic, FLOPs and hours of a distillation, before any GPU is asked for.
+"""Prints a distillation's memory, traffic, FLOPs and hours before any GPU is asked for.
 
     python -m genrecal_ds.planner --teacher FOLDER --student FOLDER --gpus 128 --gpu a100-80g
     python -m genrecal_ds.planner --teacher qwen2-vl-72b --student qwen2-vl-7b --gpus 128 \\
         --gpu a100-80g --write plan/
     python -m genrecal_ds.planner --paper
 
-Exit code 0, or 2 where nothing fits: then the smallest changes that would are named.
+The exit code is 0, or 2 where nothing fits. Then the smallest changes that would fit are named.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def loads_of(
     teacher: str, student: str, scratch: Path, arguments: argparse.Namespace
 ) -> "dict[str, Load]":
-    """What memory.py calculates with, by stage. Raises UserError for a model not to be built."""
+    """Collect what memory.py calculates with, by stage. Raises UserError for an unknown model."""
     from genrecal_ds.estimate.sizes import load_of
 
     length = arguments.max_length

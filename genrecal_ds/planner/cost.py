@@ -1,12 +1,12 @@
-"""Bytes on the wire and seconds of one optimizer step on one GPU, by arithmetic.
+"""Computes the bytes on the wire and the seconds of one optimizer step on one GPU.
 
-Within a phase, gathering runs beside computing, so that a phase takes the longer of the two:
+Within a phase, gathering runs beside computing, so a phase takes the longer of the two:
 
     step = ceil(m / k) max(teacher computes, teacher gathers)
          + m max(student computes, student gathers and reduces) + update
 
-m micro-batches a step, k of them in one forward of the teacher. An all-gather of b bytes over P
-ranks brings each b (P - 1) / P; through rings, whose latency is P - 1 hops.
+A step has m micro-batches, k of them in one forward of the teacher. An all-gather of b bytes over P
+ranks brings each rank b (P - 1) / P bytes, through rings with a latency of P - 1 hops.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Machine(NamedTuple):
 
 
 class Wire(NamedTuple):
-    """Bytes that one rank receives; teacher's of one forward, student's of one micro-batch."""
+    """Bytes that one rank receives: teacher's per forward, student's per micro-batch."""
 
     teacher: int
     student: int
@@ -37,7 +37,7 @@ class Wire(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Seconds of an optimizer step, by what they are spent on; `whole` is the step's."""
+    """Seconds of an optimizer step, by what they are spent on; `whole` is the whole step's."""
 
     teacher: float
     teacher_gathers: float
@@ -48,7 +48,7 @@ class Step(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """What the largest part of the step waits for."""
+        """Name what the largest part of the step waits for."""
         parts = {
             "the teacher computes": self.teacher,
             "gathering the teacher": self.teacher_gathers,
@@ -60,13 +60,13 @@ class Step(NamedTuple):
 
 
 def micro_steps(load: Load, global_batch: int) -> int:
-    """Of a rank in one step; 0 where the batch does not divide."""
+    """Micro-steps of a rank in one step; 0 where the batch does not divide."""
     whole, rest = divmod(global_batch, load.micro_batch * load.gpus)
     return 0 if rest else whole
 
 
 def received(whole: int, ranks: int) -> int:
-    """Bytes of an all-gather or reduce-scatter of so many, on each rank."""
+    """Bytes that each rank receives in an all-gather or reduce-scatter of so many bytes."""
     return whole * (ranks - 1) // ranks
 
 
@@ -92,7 +92,7 @@ def _student_gathered(load: Load) -> int:
 def step_seconds(
     load: Load, sample: flops.SampleTokens, machine: Machine, global_batch: int
 ) -> Step:
-    """Of a batch that divides: see micro_steps."""
+    """Seconds of one step, for a batch that divides: see micro_steps."""
     gpu, count = machine.gpu, micro_steps(load, global_batch)
     assert count, "asked for only where the batch divides"
     moved, found = wire(load), flops.of_stage(load, sample)
@@ -115,7 +115,7 @@ def step_seconds(
 
 
 def _seconds(moved: int, ranks: int, tensors: int, load: Load, gpu: Gpu) -> float:
-    """A host's network is shared by its GPUs, and so are the bytes that come in through it."""
+    """Seconds of a transfer. A host's GPUs share its network and the bytes that come in."""
     if ranks < 2:
         return 0.0
     bandwidth = gpu.link if ranks <= load.per_host else min(gpu.link, gpu.net)
@@ -123,7 +123,7 @@ def _seconds(moved: int, ranks: int, tensors: int, load: Load, gpu: Gpu) -> floa
 
 
 def _update(load: Load, gpu: Gpu) -> float:
-    """AdamW reads and writes gradient, both moments and weights: 2 * 16 bytes a number."""
+    """Seconds of AdamW: it reads and writes gradient, moments, weights, 2 * 16 bytes a number."""
     own = 32 * load.share(load.trained)
     if load.student_zero.states_on_host:
         return own / (HOST_MEMORY_GBS * 1e9 / min(load.per_host, load.gpus))

@@ -1,7 +1,7 @@
-"""What a plan knows beforehand: GPUs, models, and the figures that the paper gives.
+"""Lists what a plan knows beforehand: GPUs, models by name, the paper's figures.
 
-Rates are a maker's nominal ones, bandwidths what collectives reach of theirs (nccl-tests' bus
-bandwidth, four fifths of nominal: a guess to be replaced by --link and --net). GB are 1e9 bytes.
+Rates are the maker's nominal rates. Bandwidths are what collectives reach (nccl-tests' bus
+bandwidth): four fifths of nominal, a guess that --link and --net replace. A GB is 1e9 bytes.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from genrecal_ds.errors import UserError
 
 
 class Gpu(NamedTuple):
-    """One GPU, and its part of a host of eight."""
+    """One GPU, and its share of a host of eight."""
 
     tflops: float  # dense bf16, 1e12 a second
     gib: float
@@ -52,7 +52,7 @@ def model_names() -> list[str]:
 
 
 def model_folder(given: str, scratch: Path) -> Path:
-    """A model folder as it is; of a config.json, or of a name we know, a folder made in scratch.
+    """Return a model folder as it is; for a config.json or a known name, make one in scratch.
 
     Raises UserError listing the names.
     """

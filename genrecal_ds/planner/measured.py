@@ -1,11 +1,11 @@
-"""Stages that were trained, beside the planner's arithmetic.
+"""Prints trained stages beside the planner's arithmetic.
 
     python -m genrecal_ds.planner.measured RUN/STAGE [RUN/STAGE ...] [--peak TFLOPS]
 
-One line for each phase of a median step, its first steps left out: seconds, FLOP/s of all ranks,
-part of --peak (of one rank). Several stages are compared with the last: samples per second, and
-what the FLOPs alone would give. A vision encoder's FLOPs are not counted here: logs do not say
-how many tokens were visual.
+Each phase of a median step, first steps left out, is one line: seconds, FLOP/s of all ranks, and
+the share of --peak (of one rank). Several stages are compared with the last one: samples per
+second, and what the FLOPs alone would give. A vision encoder's FLOPs are not counted here, because
+logs do not say how many tokens were visual.
 """
 
 import argparse
@@ -26,7 +26,7 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a median step; seconds and flops by phase."""
+    """One stage's median step: seconds and FLOPs by phase."""
 
     stage: Path
     ranks: int
@@ -42,7 +42,7 @@ class Measured:
 
 
 def read(stage: Path) -> Measured:
-    """Of RUN/STAGE, from the run's recipe and the stage's log. Raises UserError without them."""
+    """Read RUN/STAGE from the run's recipe and the stage's log. Raises UserError without them."""
     from genrecal_ds.estimate.sizes import load_of
 
     log, recipe_file = stage / "metrics.jsonl", stage.parent / "recipe.yaml"
@@ -98,7 +98,7 @@ def described(found: Measured, peak: float | None) -> list[str]:
 
 
 def compared(found: Measured, base: Measured) -> str:
-    """Measured ratio of samples per second, and the ratio of FLOPs a sample."""
+    """The measured ratio of samples per second, and the ratio of FLOPs a sample."""
     measured = found.samples_per_second / base.samples_per_second
     own = sum(found.flops.values()) / found.samples
     other = sum(base.flops.values()) / base.samples

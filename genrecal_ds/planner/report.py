@@ -1,4 +1,4 @@
-"""What a plan says: models, FLOPs, places of the teacher, the best of them, scale, a recipe."""
+"""Prints a plan: models, FLOPs, places of the teacher, scale; writes it as a recipe."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +37,7 @@ def models(works: dict[str, Work]) -> Iterator[str]:
 
 
 def flop_table(works: dict[str, Work]) -> Iterator[str]:
-    """TFLOP of a sample, live; and what a cache saves of them."""
+    """Show the TFLOP of a sample with a live teacher, and what a cache saves of them."""
     yield f"{'stage':<10}" + "".join(f"{name:>14}" for name in (*flops.PHASES, "whole"))
     for kind, work in works.items():
         found = flops.of_stage(work.load, work.sample)
@@ -50,7 +50,7 @@ def flop_table(works: dict[str, Work]) -> Iterator[str]:
 
 
 def paper_table(loads: dict[tuple[str, str], Load]) -> Iterator[str]:
-    """The paper's pairs by the same arithmetic, beside what it prints; loads by pair."""
+    """Show the paper's pairs by the same arithmetic, beside the paper's figures; loads by pair."""
     yield "forward ratio teacher : student, products with weights at equal token counts"
     for pair in PAPER_PAIRS:
         load = loads[pair]
@@ -76,7 +76,7 @@ def paper_table(loads: dict[tuple[str, str], Load]) -> Iterator[str]:
 
 
 def forward_ratio(load: Load) -> float:
-    """Decoder and head; no attention's own products, no vision encoder."""
+    """FLOPs of decoder and head, without attention's own products and the vision encoder."""
     assert load.teacher is not None
     student = flops.weights_forward(load.student, 1) + flops.head_product(load.student, 1)
     return _plain(load, 1) / student
@@ -88,7 +88,7 @@ def _plain(load: Load, tokens: float) -> float:
 
 
 def places(found: dict[str, Plan | Misfit]) -> Iterator[str]:
-    """One block for each place of the teacher: fits or not, and what it costs."""
+    """Show one block for each placement of the teacher: whether it fits, and what it costs."""
     yield (
         f"{'teacher':<26}{'stage':<9}{'GPU GiB':>8}{'batch':>6}{'k':>4}{'GB/step in':>11}"
         f"{'step s':>8}{'hours':>8}  waits for"
@@ -138,7 +138,7 @@ def cache_size(work: Work) -> Iterator[str]:
 
 
 def scale(works: dict[str, Work], machine: Machine, per_host: int) -> Iterator[str]:
-    """Each place on 8 to 8192 GPUs: part of the GPU-hours of its smallest fit that is kept."""
+    """Show each placement on 8 to 8192 GPUs: the share kept of its smallest fit's GPU-hours."""
     first: dict[str, float] = {}
     yield f"{'teacher':<26}{'GPUs':>6}{'hours':>9}{'GPU-hours':>11}{'kept':>6}  limit"
     rows: dict[str, list[str]] = {}
@@ -165,7 +165,7 @@ def scale(works: dict[str, Work], machine: Machine, per_host: int) -> Iterator[s
 def smallest_changes(
     works: dict[str, Work], machine: Machine, gpus: int, per_host: int
 ) -> Iterator[str]:
-    """What, changed alone, makes it fit: more GPUs, larger ones, shorter samples."""
+    """List what, changed alone, makes the plan fit: more GPUs, larger GPUs, shorter samples."""
     for more in (count for count in SCALE if count > gpus):
         if Search(at(works, more, per_host), machine).best():
             yield f"--gpus {more}"
@@ -184,7 +184,7 @@ def smallest_changes(
 
 
 def recipe_tree(plan: Plan, teacher: str, student: str, max_length: int) -> dict[str, Any]:
-    """The plan as a recipe; paths in capitals are the user's to fill in."""
+    """Turn the plan into a recipe; the user fills in the paths in capitals."""
     setting = plan.setting
     offload = "_offload" if setting.student_offload else ""
     batches = {

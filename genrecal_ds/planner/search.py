@@ -1,4 +1,4 @@
-"""Every arrangement of a recipe on a machine: the fastest that fits, and why others do not.
+"""Tries every arrangement on a machine: the fastest that fits, and why others do not.
 
 A recipe has one arrangement for all its stages, and a micro-batch for each.
 """
@@ -36,7 +36,7 @@ class Setting(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One stage's: how much of it, and what it needs before anything is arranged."""
+    """One stage's work: how many samples, and what it needs before anything is arranged."""
 
     load: Load
     samples: float
@@ -65,13 +65,13 @@ class StagePlan:
 
     @property
     def cost(self) -> tuple[float, float]:
-        """To be small: time, and of equal times the traffic, which is what a plan knows least."""
+        """What a plan minimises: time, and between equal times the traffic."""
         return round(self.hours, 3), self.received
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """The nearest that a stage came to fitting; needed and there in bytes."""
+    """The nearest that a stage came to fitting: the bytes needed and the bytes there."""
 
     kind: str
     place: Literal["gpu", "host", "batch"]
@@ -116,7 +116,7 @@ def settings() -> Iterator[Setting]:
 
 
 def arranged(work: Work, setting: Setting, micro_batch: int) -> Load:
-    """The stage's load under a setting."""
+    """Return the stage's load under a setting."""
     load = work.load
     if setting.student_offload:
         zero = Zero.of(load_ds_config("student_zero3_offload"))
@@ -135,7 +135,7 @@ def arranged(work: Work, setting: Setting, micro_batch: int) -> Load:
 
 
 class Search:
-    """Finds plans for one machine; what does not depend on a setting is calculated once."""
+    """Finds plans for one machine; whatever no setting changes is calculated once."""
 
     def __init__(self, works: dict[str, Work], machine: Machine):
         self.works, self.machine = works, machine
@@ -154,7 +154,7 @@ class Search:
                 yield Plan(setting, stages)
 
     def by_place(self) -> dict[str, Plan | Misfit]:
-        """For each place of the teacher the fastest plan, or what is nearest to one."""
+        """Find for each placement of the teacher the fastest plan, or the nearest misfit."""
         best: dict[str, Plan | Misfit] = {}
         for found in self.all():
             setting = found.setting if isinstance(found, Plan) else found[0]
@@ -168,7 +168,7 @@ class Search:
         return min(plans, key=lambda plan: plan.cost, default=None)
 
     def stage(self, kind: str, setting: Setting) -> StagePlan | Misfit:
-        """The fastest micro-batch that fits."""
+        """Find the fastest micro-batch that fits."""
         work = self.works[kind]
         own = setting if work.load.teacher else Setting(
             checkpointing=setting.checkpointing, student_offload=setting.student_offload
@@ -220,7 +220,7 @@ def at(works: dict[str, Work], gpus: int, per_host: int) -> dict[str, Work]:
 
 
 def shorter(works: dict[str, Work], max_length: int) -> dict[str, Work]:
-    """The same with samples of at most so many tokens."""
+    """The same work with samples of at most so many tokens."""
     return {
         kind: work._replace(
             load=replace(

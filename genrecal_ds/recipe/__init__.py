@@ -1,1 +1,1 @@
-"""What a run is told: the recipe's tree of keys, its reading, DeepSpeed's JSON, hostfiles. No torch."""
+"""Reads what a run is told: the recipe, its rules, DeepSpeed JSON, hostfiles. No torch."""

@@ -1,0 +1,1 @@
+"""Trains a recipe's stages: the loop, its engines, checkpoints and guards."""

@@ -1,1 +1,1 @@
-"""The demo: a whole distillation at toy size, `python -m launch.demo.run`."""
+"""Runs the demo, a whole distillation at toy size: `python -m launch.demo.run`."""

@@ -1,4 +1,4 @@
-"""The demo's two models, which share nothing: random weights in real Hugging Face folders.
+"""Makes the demo's two models, which share nothing, as real folders with random weights.
 
     teacher   Qwen2-VL, byte-level BPE of the tiktoken kind, one visual token per 16 x 16 pixels
     student   InternVL, sentencepiece BPE, tiles of 16 x 16 pixels and a thumbnail, 4 tokens each

@@ -1,12 +1,12 @@
-"""The demo: a whole distillation at toy size, on two CPU ranks or a GPU.
+"""Runs the demo: a whole distillation at toy size, on two CPU ranks or a GPU.
 
     python -m launch.demo.run [--cache]
 
---cache: stage 1 keeps the teacher's rows on disk, and stage 2 reads them in its place; then some
-steps of stage 2 are run again with the teacher live, to compare their seconds.
+--cache: stage 1 keeps the teacher's rows on disk, and stage 2 reads these rows instead of running
+the teacher. Some steps of stage 2 are then run again with a live teacher, to compare their seconds.
 
 shards -> two random models -> pretrain both -> gate -> align, distill, sft -> the controls
--> evaluation on held-out handwriting -> probes -> report. A finished step is not done again.
+-> evaluation on held-out handwriting -> probes -> report. A finished step is skipped.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Demo:
             self.seconds = json.loads(self._seconds_file.read_text())
 
     def step(self, name: str, result: Path, run: Callable[[], Any]) -> None:
-        """Run once; its seconds are kept for later reports."""
+        """Run a step once; its seconds are kept for later reports."""
         if result.exists():
             print(f"== {name}: done before ({self.seconds.get(name, 0):.0f} s)", flush=True)
             return
@@ -88,7 +88,7 @@ class Demo:
             self._python(command + (["--kinds", kinds] if kinds else []))
 
     def build_pair(self) -> None:
-        """Tokenizers see the texts of the student's share only."""
+        """Make both models; their tokenizers see the texts of the student's share only."""
         from genrecal_ds.data.index import ShardIndex
         from genrecal_ds.data.reader import ShardReader
         from launch.demo.pair import build_pair
@@ -109,14 +109,14 @@ class Demo:
         os.replace(temporary, self.folder / "models")
 
     def train(self, recipe: str) -> None:
-        """One launch; the recipe's stages run in order."""
+        """Launch one recipe; its stages run in order."""
         command = [*self._deepspeed(), "launch/train.py", str(RECIPES / f"{recipe}.yaml")]
         if self.is_cached and recipe == "genrecal":
             command.append(f"teacher.cache={self.folder / 'teacher_rows'}")
         _check(command)
 
     def train_live(self) -> None:
-        """Stage 2's first steps with the teacher itself, from the same start."""
+        """Run stage 2's first steps with a live teacher, from the same start."""
         align = self.folder / "genrecal/align"
         _check([
             *self._deepspeed(), "launch/train.py", str(RECIPES / "genrecal.yaml"),
@@ -135,7 +135,7 @@ class Demo:
         return [command, "--num_accelerators", ranks, "--master_port", port]
 
     def evaluate(self, name: str, model: str, shards: str) -> dict[str, Any]:
-        """Scores by kind of a model's folder, from its result file when that exists."""
+        """Score a model's folder by kind, or read its result file where that exists."""
         out = self.folder / "scores" / f"{name}.{shards}.json"
 
         def run() -> None:
@@ -148,7 +148,7 @@ class Demo:
         return json.loads(out.read_text())["scores"]
 
     def probe(self) -> None:
-        """The probes of both stages that have a Recalibrator."""
+        """Run the probes of both stages that have a Recalibrator."""
         self._python([
             "-m", "genrecal_ds.analysis.probes", str(self.folder / TEACHER),
             str(self.folder / "genrecal/align"), str(self.folder / "genrecal/distill"),
@@ -157,7 +157,7 @@ class Demo:
         ])  # fmt: skip
 
     def draw(self) -> None:
-        """The paper's figures, how sure answers are, and who errs where."""
+        """Draw the paper's figures, calibration, and which model errs where."""
         scores, folder = self.folder / "scores", str(self.folder)
         command = ["-m", "genrecal_ds.analysis", f"{folder}/genrecal", f"{folder}/data/heldout"]
         for name, model in {"teacher": TEACHER, **STUDENTS}.items():
@@ -170,7 +170,7 @@ class Demo:
 
 
 def require_lead(teacher: dict[str, Any], baseline: dict[str, Any]) -> None:
-    """Raises UserError unless there is something to distil: a clear lead, disjoint intervals."""
+    """Raises UserError unless the teacher leads clearly, with disjoint intervals."""
     ours, theirs = teacher["overall"], baseline["overall"]
     if ours["score"] - theirs["score"] < MIN_LEAD or ours["low"] <= theirs["high"]:
         raise UserError(
@@ -181,7 +181,7 @@ def require_lead(teacher: dict[str, Any], baseline: dict[str, Any]) -> None:
 
 
 def require_facts(values: dict[str, Any]) -> None:
-    """Raises UserError when a stage's probes say that the method does not do what it is for."""
+    """Raises UserError when a stage's probes say that the method does not work."""
     from genrecal_ds.analysis.probes import facts
 
     found = facts(values)
@@ -236,7 +236,7 @@ def _num_ranks() -> int:
 
 
 def _check(command: list[str]) -> None:
-    """Run a command of ours; its own error was printed, so ours is one line."""
+    """Run one of our commands; it prints its own error, so this one adds a single line."""
     paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     environment = {
         **os.environ,

@@ -1,17 +1,18 @@
-"""Who may import whom, read from the source (no torch needed), and README's map against the tree.
+"""Who may import whom, read from the source (no torch needed), and docs/map.md against the tree.
 
 A rule about a room that does not exist yet is skipped; one about a room that does is checked in
 full. Imports inside functions count, unless a rule says "at import time".
 """
 
 import ast
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import file_map
 
 pytestmark = pytest.mark.unit
 
@@ -206,45 +207,11 @@ def test_no_utils():
     assert [path for path in sources(*PACKAGES) if path.stem in ("utils", "util", "helpers")] == []
 
 
-def read_map(text: str) -> dict[str, str]:
-    """README's map as path -> description. Two blanks indent; a folder's name ends with /."""
-    block = re.search(r"<!-- map:start -->\n```\n(.*?)```\n<!-- map:end -->", text, re.DOTALL)
-    assert block, "README.md has no fenced block between map:start and map:end"
-    entries: dict[str, str] = {}
-    folders: list[str] = []
-    for line in block[1].splitlines():
-        if not line.strip():
-            continue
-        name, _, description = line.strip().partition(" ")
-        depth = (len(line) - len(line.lstrip())) // 2
-        assert depth <= len(folders), f"README.md's map: {name} is indented too far"
-        del folders[depth:]
-        entries["".join(folders) + name] = description.strip()
-        if name.endswith("/"):
-            folders.append(name)
-    return entries
+def test_the_file_map_equals_the_tree():
+    assert file_map.MAP.read_text() == file_map.map_text(), "docs/map.md is old: run `make map`"
 
 
-def tree() -> set[str]:
-    """Modules, and folders that hold a file, of the packages that README's map must name."""
-    found: set[str] = set()
-    for package in ("genrecal_ds", "launch", "data_tools"):
-        for path in (ROOT / package).rglob("*"):
-            place = path.relative_to(ROOT)
-            if path.is_dir() or "__pycache__" in place.parts:
-                continue
-            found |= {f"{folder.as_posix()}/" for folder in place.parents if folder.parts}
-            if path.suffix == ".py" and path.name not in ("__init__.py", "__main__.py"):
-                found.add(place.as_posix())
-    return found
-
-
-def test_readme_map_equals_the_tree():
-    entries = read_map((ROOT / "README.md").read_text())
-    problems = [f"missing: {path}" for path in sorted(tree() - entries.keys())]
-    for path, description in entries.items():
-        if not ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file()):
-            problems.append(f"gone: {path}")
-        elif not description:
-            problems.append(f"no description: {path}")
-    assert not problems, "README.md's map and the tree differ\n  " + "\n  ".join(problems)
+@pytest.mark.parametrize("package", file_map.PACKAGES)
+def test_every_module_says_in_one_line_what_it_does(package: str):
+    lines = {path: file_map.first_line(path) for path in sources(package)}
+    assert [path for path, line in lines.items() if len(line) > 100] == []

@@ -1,4 +1,4 @@
-"""Which metric a kind of sample is scored by, one file for each metric.
+"""Chooses the metric of a kind of sample; each metric has a file of its own.
 
 A metric takes a prediction and the accepted answers and gives 0 to 1. `kind` is what the shard's
 builder wrote: the benchmark's name, or with a suffix a part of it whose score is its own.
@@ -37,12 +37,12 @@ OF_KIND = {
 
 
 def metric_of(kind: str) -> str:
-    """The name of a kind's metric."""
+    """Return the name of a kind's metric."""
     return next((name for start, name in OF_KIND.items() if kind.startswith(start)), "words")
 
 
 def named(name: str) -> Metric:
-    """Raises UserError listing the names."""
+    """Return the metric of this name. Raises UserError listing the names."""
     if name not in METRICS:
         raise UserError(f"--metric {name}: there are {', '.join(METRICS)}")
     return METRICS[name]

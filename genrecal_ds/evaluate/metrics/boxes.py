@@ -1,4 +1,4 @@
-"""Boxes of RefCOCO and its like: right where intersection over union is 0.5 or more.
+"""Scores RefCOCO's boxes: right where intersection over union is 0.5 or more.
 
 Gold boxes are x0 y0 x1 y1, from 0 to 1. Models write their boxes in conventions of their own:
 
@@ -21,7 +21,7 @@ def box_accuracy(prediction: str, answers: Sequence[str], convention: str = "uni
 
 
 def box_iou(prediction: str, answers: Sequence[str], scale: float = 1.0) -> float:
-    """Best intersection over union of the first four numbers (x0 y0 x1 y1); 0 without four.
+    """Return the best intersection over union of the first four numbers; 0 without four.
 
     scale: what the prediction calls 1. Raises UserError when an accepted answer is no box.
     """
@@ -34,7 +34,7 @@ def box_iou(prediction: str, answers: Sequence[str], scale: float = 1.0) -> floa
 
 
 def _box(text: str) -> list[float]:
-    """The first four numbers in brackets; else the first four at all."""
+    """Read the first four numbers in brackets, else the first four numbers of the text."""
     found = _IN_BRACKETS.search(text)
     numbers = found.groups() if found else _NUMBER.findall(text)[:4]
     return [float(number) for number in numbers]

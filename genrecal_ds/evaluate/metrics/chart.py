@@ -1,4 +1,4 @@
-"""Relaxed accuracy of ChartQA: a number within 5 % of the gold one, anything else as written."""
+"""Scores ChartQA: a number may be 5 % off the gold one, any other text must be equal."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
-"""ANLS of DocVQA: how near an answer is to the nearest gold one, letter by letter.
+"""Scores DocVQA by ANLS: how near an answer is to the nearest gold one, by letters.
 
-Similarity 1 - edits / longer length, of the best gold answer. Below one half it counts as 0; at
-exactly one half the paper has 0 and the evaluators in use have .5, and so do we.
+The similarity is 1 - edits / longer length, for the best gold answer. Below one half it counts as
+0. At exactly one half the paper has 0. The evaluators in use have .5, and so do we.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def _plain(text: str) -> str:
 
 
 def levenshtein(first: str, second: str) -> int:
-    """Insertions, deletions and substitutions that turn one into the other."""
+    """Count the insertions, deletions and substitutions that turn one into the other."""
     previous = list(range(len(second) + 1))
     for i, a in enumerate(first, start=1):
         current = [i]

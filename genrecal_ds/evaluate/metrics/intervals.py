@@ -1,4 +1,4 @@
-"""How sure a mean score is."""
+"""Computes the 95 % interval of a mean score, Wilson's or the bootstrap's."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % percentile interval of a mean, from resamples that are always the same ones."""
+    """The 95 % percentile interval of a mean, from resamples of a fixed seed."""
     if not values:
         return 0.0, 1.0
     generator = np.random.default_rng(SEED)

@@ -1,4 +1,4 @@
-"""The option's letter, of AI2D, MMBench, MMMU and MathVista: as written, or as people write it."""
+"""Scores AI2D, MMBench, MMMU and MathVista by the option's letter that an answer states."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def letter_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def letter_of(text: str) -> str | None:
-    """The option that an answer names: alone, in front, as `the answer is B`, or as last word."""
+    """Find the option that an answer names: alone, in front, as `the answer is B`, or last."""
     text = text.strip()
     if len(text) == 1 and text.upper() in "ABCDEFGHIJ":
         return text.upper()

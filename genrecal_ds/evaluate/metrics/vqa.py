@@ -1,7 +1,7 @@
-"""VQA accuracy, of VQAv2, OK-VQA and TextVQA: ten people's answers, three of them suffice.
+"""Scores VQAv2, OK-VQA and TextVQA by how many of ten people gave the same answer.
 
-With each person left out in turn, an answer counts min(1, equal answers among the other nine / 3);
-the mean of the ten. Two variants are in use and are not to be mixed:
+Each of the ten people is left out in turn, and the answer counts min(1, equal answers among the
+other nine / 3). The score is the mean of the ten. Two variants are in use and must not be mixed:
 
     official    answers are normalised only where the ten are not all equal: "Yes" against ten "yes"
                 is wrong (the evaluation code that came with VQA)
@@ -72,7 +72,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "always
 
 
 def normalize(text: str) -> str:
-    """Punctuation out, number words to digits, articles out, contractions written as such."""
+    """Remove punctuation and articles, turn number words into digits, restore contractions."""
     words = [_NUMBERS.get(word, word) for word in _without_punctuation(text).lower().split()]
     words = [word for word in words if word not in _ARTICLES]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words)

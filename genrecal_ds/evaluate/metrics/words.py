@@ -1,4 +1,4 @@
-"""The words that an answer ends with, exactly: for free answers of known wording."""
+"""Scores free answers of known wording: the last words must be an accepted answer."""
 
 import re
 import unicodedata

@@ -193,8 +193,8 @@ def test_the_head_is_in_no_state_dict(setting):
     assert not any("teacher" in name for name, _ in objective.named_parameters())
 
 
-def test_readmes_python_example_runs(setting, shards, capsys):
-    text = (ROOT / "README.md").read_text()
+def test_the_python_example_of_the_docs_runs(setting, shards, capsys):
+    text = (ROOT / "docs/python.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     folders = '"teacher", "student", "shards/train"'
     assert folders in example
