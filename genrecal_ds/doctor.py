@@ -324,10 +324,13 @@ def _folders(recipe: Recipe) -> dict[str, str]:
 
 def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> None:
     """All sections, in order; each prints what it can."""
+    from genrecal_ds.dist import local_gpus
+
     case = Case(recipe, report)
     open_shards(case)
     with report.attempt("--hostfile"):
-        case.cluster = cluster_of(arguments.gpus, arguments.gpu_memory, arguments.hostfile)
+        stated = arguments.gpus, arguments.gpu_memory, arguments.hostfile
+        case.cluster = cluster_of(*stated, local_gpus())
     marks = "answers green, boundary rows yellow"
     if not report.in_colour:
         marks = "answers in [[ ]], boundary rows in (( ))"

@@ -1,1 +1,1 @@
-"""What a run is told: the recipe's tree of keys, its reading, DeepSpeed's JSON, hostfiles. No torch."""
+"""A run's recipe: its keys and rules, its reading, DeepSpeed's JSON, hostfiles. No torch."""
