@@ -21,10 +21,10 @@ from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
 from genrecal_ds.data.plan import PADDING, Order, StepPlan
 from genrecal_ds.data.reader import ShardReader
-from genrecal_ds.export import write_student
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.lora import merged
 from genrecal_ds.models.recalibrator import save_recalibrator
+from genrecal_ds.models.saving import write_student
 from genrecal_ds.models.vlm import VLM
 from genrecal_ds.objectives.report import Clock
 from genrecal_ds.recipe.config import Recipe

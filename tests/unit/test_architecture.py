@@ -111,6 +111,7 @@ def test_webdataset_is_imported_by_data_and_data_tools_only():
         ("genrecal_ds/objectives", "genrecal_ds.training"),
         ("genrecal_ds/evaluate", "genrecal_ds.training"),
         ("genrecal_ds/analysis", "genrecal_ds.training"),
+        ("genrecal_ds/training", "genrecal_ds.export"),
         ("genrecal_ds/training/trainer.py", "genrecal_ds.models"),
         ("genrecal_ds/training/trainer.py", "transformers"),
         ("genrecal_ds/training/trainer.py", "deepspeed"),
