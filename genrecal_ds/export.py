@@ -7,10 +7,12 @@ python -m genrecal_ds.export runs/demo/sft/checkpoints/step-00000100 OUT   one i
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.lora import merged
 from genrecal_ds.models.saving import write_student
@@ -53,19 +55,16 @@ def export(source: Path, folder: Path) -> None:
         raise UserError(f"{source}: neither a finished stage (student/) nor a complete checkpoint")
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.export", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    try:
-        export(arguments.source, arguments.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(argv)
+    export(arguments.source, arguments.out)
     print(f"wrote {arguments.out} (torch {torch.__version__})")
     return 0
 

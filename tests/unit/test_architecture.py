@@ -24,8 +24,7 @@ DATA_TOOLS_MAY_IMPORT = (
     "genrecal_ds.errors",
     "genrecal_ds.models.chat",
     "genrecal_ds.models.processors",
-    "genrecal_ds.console.page",
-    "genrecal_ds.console.text",
+    "genrecal_ds.console",
 )
 
 
@@ -180,7 +179,12 @@ def test_data_tools_import_data_config_and_processors_only():
 
 @pytest.mark.parametrize(
     "leaf",
-    ["genrecal_ds/recipe", "genrecal_ds/errors.py", "genrecal_ds/estimate/memory.py"],
+    [
+        "genrecal_ds/recipe",
+        "genrecal_ds/console",
+        "genrecal_ds/errors.py",
+        "genrecal_ds/estimate/memory.py",
+    ],
 )
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "deepspeed"])
 def test_leaf_imports_nothing_heavy(leaf: str, heavy: str):
