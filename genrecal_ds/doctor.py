@@ -125,10 +125,8 @@ def tokenizers(case: Case) -> None:
             rows = read_config(source.path).get_text_config().vocab_size
             end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_of_turn)
             how = "by {% generation %}" if encoder.marks_answers else "by rendering prefixes"
-            kind = "slow"
-            if encoder.tokenizer.is_fast:
-                kind = f"fast {type(encoder.tokenizer.backend_tokenizer.model).__name__}"
-            case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, {kind}")
+            kind = type(encoder.tokenizer.backend_tokenizer.model).__name__
+            case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, fast {kind}")
             case.report.say(
                 f"  {len(vocabulary):,} tokens, ids up to {max(vocabulary.values()):,}; "
                 f"{rows:,} embedding rows"
