@@ -116,10 +116,8 @@ def tokenizers(case: Case) -> None:
             rows = read_config(source.path).get_text_config().vocab_size
             end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_of_turn)
             how = "by {% generation %}" if encoder.marks_answers else "by rendering prefixes"
-            kind = "slow"
-            if encoder.tokenizer.is_fast:
-                kind = f"fast {type(encoder.tokenizer.backend_tokenizer.model).__name__}"
-            case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, {kind}")
+            kind = type(encoder.tokenizer.backend_tokenizer.model).__name__
+            case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, fast {kind}")
             case.report.say(
                 f"  {len(vocabulary):,} tokens, ids up to {max(vocabulary.values()):,}; "
                 f"{rows:,} embedding rows"
@@ -307,10 +305,13 @@ def _folders(recipe: Recipe) -> dict[str, str]:
 
 def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> None:
     """Run all sections in order; each prints what it can."""
+    from genrecal_ds.dist import local_gpus
+
     case = Case(recipe, report)
     open_shards(case)
     with report.attempt("--hostfile"):
-        case.cluster = cluster_of(arguments.gpus, arguments.gpu_memory, arguments.hostfile)
+        stated = arguments.gpus, arguments.gpu_memory, arguments.hostfile
+        case.cluster = cluster_of(*stated, local_gpus())
     marks = "answers green, boundary rows yellow"
     if not report.in_colour:
         marks = "answers in [[ ]], boundary rows in (( ))"

@@ -8,10 +8,11 @@ host that failed first. RUN/DONE and RUN/STOPPED say the same.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from genrecal_ds.console.command import command
 from genrecal_ds.console.redact import redact_output
-from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.hostfile import read_hostfile
 from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from launch.attempt import begin, outcome
@@ -21,7 +22,8 @@ from launch.train import find_recipe
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,11 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trust-checkpoint", action="store_true")
     arguments = parser.parse_intermixed_args(argv)
     redact_output()
-    try:
-        return start(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return start(arguments)
 
 
 def start(arguments: argparse.Namespace) -> int:

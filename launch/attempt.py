@@ -14,13 +14,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from genrecal_ds.console.command import command
 from genrecal_ds.console.redact import redact_tree
-from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from genrecal_ds.training.guards.stopping import STOP_FILE
@@ -92,7 +93,8 @@ def is_stuck(recipe: Recipe) -> bool:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.attempt", description=__doc__)
     parser.add_argument("command", choices=("begin", "end", "stages"))
     parser.add_argument("recipe")
@@ -100,21 +102,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage")
     parser.add_argument("--trust-checkpoint", action="store_true")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
-        if arguments.command == "begin":
-            check_folders(recipe)
-            print(begin(recipe))
-            return 0
-        if arguments.command == "stages":
-            print(*(stage.name for stage in recipe.stages))
-            return 0
-        found = outcome(recipe, arguments.stage)
-        print("stuck" if found != "done" and is_stuck(recipe) else found)
+    recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
+    if arguments.command == "begin":
+        check_folders(recipe)
+        print(begin(recipe))
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.command == "stages":
+        print(*(stage.name for stage in recipe.stages))
+        return 0
+    found = outcome(recipe, arguments.stage)
+    print("stuck" if found != "done" and is_stuck(recipe) else found)
+    return 0
 
 
 if __name__ == "__main__":

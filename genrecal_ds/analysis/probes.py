@@ -14,6 +14,7 @@ Shapes: B conversations, S student length, D student width, H teacher width, N l
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from genrecal_ds.console.command import command
 from genrecal_ds.data.batch import IGNORE, PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairEncoders
@@ -210,7 +212,8 @@ def facts(values: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.analysis.probes", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -220,14 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    try:
-        result = {
-            stage.name: probe(arguments.teacher, stage, arguments.shards)
-            for stage in arguments.stage
-        }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = {
+        stage.name: probe(arguments.teacher, stage, arguments.shards) for stage in arguments.stage
+    }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     for name, values in result.items():
         print(name, json.dumps({k: v for k, v in values.items() if k != "cosine"}))
