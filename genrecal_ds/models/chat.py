@@ -218,7 +218,7 @@ def digest_folder(folder: Path) -> str:
 
 
 def _expanded(char: int, replacements: Any) -> int:
-    """Return a character's place in the text once a processor put placeholders in place of pictures."""
+    """Move a character's place by what a processor put in place of pictures before it."""
     gained = 0
     # A text-only chat has none: None, or an empty list or tensor, depending on the family.
     for replaced in replacements[0] if replacements is not None and len(replacements) else []:
