@@ -167,7 +167,7 @@ def recalibrators(
             )  # fmt: skip
             cases = recalibrator_cases(numbers, config, attention)
             found = race(cases, rounds, "transformers, padded")
-            shape = f"P={len(numbers.packing.source_P)} fill={numbers.fill:.2f}"
+            shape = f"P={len(numbers.layout.source_P)} fill={numbers.fill:.2f}"
             yield {"shape": shape, "dtype": str(dtype), "contestants": found}
 
     return run

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from genrecal_ds.console.arguments import positive
-from genrecal_ds.console.refusals import Report
+from genrecal_ds.console.refusals import Findings
 from genrecal_ds.errors import UserError
 from genrecal_ds.estimate.memory import GIB, NOT_COUNTED, Estimate, estimate
 from genrecal_ds.recipe.config import ModelSource, Recipe
@@ -39,7 +39,7 @@ class Case:
     """Holds what the sections share; a part that was refused is missing."""
 
     recipe: Recipe
-    report: Report
+    report: Findings
     cluster: Cluster | None = None
     indices: "dict[str, ShardIndex]" = field(default_factory=dict)
     encoders: "dict[str, ChatEncoder]" = field(default_factory=dict)
@@ -163,7 +163,7 @@ def samples(case: Case) -> None:
 
 
 def _lengths(
-    report: Report, side: str, lengths: np.ndarray, visual: np.ndarray, max_length: int
+    report: Findings, side: str, lengths: np.ndarray, visual: np.ndarray, max_length: int
 ) -> None:
     from genrecal_ds.analysis import samples as view
 
@@ -258,7 +258,7 @@ def memory(case: Case) -> None:
         report.say(f"skipped: needs the {' and the '.join(sorted(case.broken))}")
 
 
-def _fit(report: Report, stage: str, found: Estimate, cluster: Cluster) -> None:
+def _fit(report: Findings, stage: str, found: Estimate, cluster: Cluster) -> None:
     for part in found.parts:
         place = part.place if part.place == "host" else f"gpu {part.phase}"
         report.say(f"  {part.name:<32} {part.bytes / GIB:>9.3f} GiB  {place:<12} {part.formula}")
@@ -303,7 +303,7 @@ def _folders(recipe: Recipe) -> dict[str, str]:
     return {key: folder for key, folder in named.items() if folder is not None}
 
 
-def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> None:
+def examine(recipe: Recipe, arguments: argparse.Namespace, report: Findings) -> None:
     """Run all sections in order; each prints what it can."""
     from genrecal_ds.dist import local_gpus
 
@@ -333,7 +333,7 @@ def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """0 the recipe will run, 2 something was refused."""
     arguments = _parse(argv)
-    report = Report(Console())
+    report = Findings(Console())
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         examine(recipe, arguments, report)

@@ -19,7 +19,7 @@ from genrecal_ds.analysis import figures
 from genrecal_ds.analysis.calibration import calibration, confidences
 from genrecal_ds.analysis.features import boundary_points, embed, mixing, own_losses, untrained
 from genrecal_ds.analysis.page import write_page
-from genrecal_ds.analysis.probes import Subject, cosines, single_turns
+from genrecal_ds.analysis.probes import TrainedStage, cosines, single_turns
 from genrecal_ds.analysis.report import read_log
 from genrecal_ds.console.arguments import positive
 from genrecal_ds.console.command import command
@@ -50,7 +50,7 @@ def analyse(
             raise UserError(f"--against {against}: its teacher is not {teacher}, as in {run}")
     end = _last(run)
     reader = ShardReader(ShardIndex.load(shards))
-    subject = Subject.load(teacher, end)
+    subject = TrainedStage.load(teacher, end)
     pairs = single_turns(subject, reader, num_samples)
     start = untrained(subject, teacher, recipe.student.path, recipe.seed)
 
@@ -61,7 +61,7 @@ def analyse(
     }
     compared = {run.name if against is None else "with the regularizer": cosines(subject, pairs)}
     if against is not None:
-        other = Subject.load(teacher, _last(against))
+        other = TrainedStage.load(teacher, _last(against))
         compared["without"] = cosines(other, single_turns(other, reader, num_samples))
     own = own_losses(start, pairs)
 

@@ -51,7 +51,7 @@ class GenRecal(Objective):
         self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows
     ) -> Tensor:
         """[K, N, H]: the Recalibrator's loss rows of every pass."""
-        rows = self.recalibrator(hidden_BSD, teacher_rows.inputs_AH, teacher.packing)
+        rows = self.recalibrator(hidden_BSD, teacher_rows.inputs_AH, teacher.layout)
         return rows.unflatten(0, (-1, teacher.labels_N.shape[0]))
 
     def labels(self, teacher: TeacherBatch) -> Tensor:

@@ -32,12 +32,12 @@ def probe_questions(
     report: Report,
 ) -> None:
     """L_ar and L_kl of the mixed pass with another sample's question states, and with none."""
-    labels_N, packing = objective.labels(teacher), teacher.packing
-    exchanged = packing._replace(source_P=exchanged_questions(teacher, hidden_BSD.shape[1]))
+    labels_N, layout = objective.labels(teacher), teacher.layout
+    exchanged = layout._replace(source_P=exchanged_questions(teacher, hidden_BSD.shape[1]))
     is_alone = len(hidden_BSD) == 1  # no other sample to exchange with
     for name, hidden, of in (
         ("shuffled", hidden_BSD, exchanged),
-        ("zeroed", torch.zeros_like(hidden_BSD), packing),
+        ("zeroed", torch.zeros_like(hidden_BSD), layout),
     ):
         rows_NH = objective.recalibrator(hidden, teacher_rows.inputs_AH, of)[: len(labels_N)]
         out = objective.teacher_head.loss(
@@ -108,16 +108,16 @@ def _square(gradient: Tensor, total: float) -> Tensor:
 
 
 def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
-    """packing.source_P with the mixed pass's question states taken from the next sample's turn.
+    """layout.source_P with the mixed pass's question states taken from the next sample's turn.
 
     Rows are counted back from a question's last one, so that boundary rows meet boundary rows.
     Where the other question is shorter, its first row is taken again.
     """
-    packing = teacher.packing
+    layout = teacher.layout
     num_rows = len(teacher.boundary_N)  # of one pass
-    ends = packing.loss_rows[:num_rows][teacher.boundary_N]  # last question row of each turn
-    source_P = packing.source_P.long()
-    sequence_of_turn = packing.sequence_P[ends]
+    ends = layout.loss_rows[:num_rows][teacher.boundary_N]  # last question row of each turn
+    source_P = layout.source_P.long()
+    sequence_of_turn = layout.sequence_P[ends]
     num_mixed = int(sequence_of_turn[-1]) + 1
     following = (sequence_of_turn + 1) % num_mixed
     first_turn_of = torch.searchsorted(sequence_of_turn, following)
@@ -129,4 +129,4 @@ def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
     first_P = torch.div(other_P, student_length, rounding_mode="floor") * student_length
     moved_P = torch.maximum(other_P - back_P, first_P)
     # Only questions of the mixed pass come from the student.
-    return torch.where(source_P >= 0, moved_P, source_P).to(packing.source_P.dtype)
+    return torch.where(source_P >= 0, moved_P, source_P).to(layout.source_P.dtype)
