@@ -25,7 +25,7 @@ from genrecal_ds.console.redact import redact_tree
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from genrecal_ds.training.guards.stopping import STOP_FILE
-from launch.train import find_recipe
+from launch.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WITHOUT_PROGRESS = 3
@@ -52,7 +52,7 @@ def begin(recipe: Recipe, **facts: Any) -> Path:
 
 
 def git_hash() -> str | None:
-    """Return the commit of the code that runs, with + where files differ; None without git."""
+    """Ask git for the running code's commit; + where files differ, None without a repository."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -65,7 +65,7 @@ def git_hash() -> str | None:
 
 
 def progress(recipe: Recipe) -> dict[str, int]:
-    """Return the steps trained so far, by stage, from the ledger's last whole line."""
+    """Steps trained so far, by stage: the ledger's last line that is whole."""
     steps = {}
     for stage in recipe.stages:
         path = recipe.run_dir / stage.name / "ledger.jsonl"
@@ -75,7 +75,7 @@ def progress(recipe: Recipe) -> dict[str, int]:
 
 
 def outcome(recipe: Recipe, stage: str | None = None) -> str:
-    """Return how the run stands by its markers: done, stopped (can go on) or failed."""
+    """How the run stands by its markers: done, stopped (can go on) or failed."""
     folder = recipe.run_dir / stage if stage else recipe.run_dir
     if (folder / "DONE").is_file():
         return "done"
@@ -83,7 +83,7 @@ def outcome(recipe: Recipe, stage: str | None = None) -> str:
 
 
 def is_stuck(recipe: Recipe) -> bool:
-    """Whether the last attempts all began where the run still is: another would not help."""
+    """Whether the last attempts all began where the run still is: another would do the same."""
     found = sorted((recipe.run_dir / "logs").glob("attempt-*/attempt.json"))
     if len(found) < MAX_WITHOUT_PROGRESS:
         return False
