@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from genrecal_ds.data.batch import IGNORE, PairBatch, StudentBatch
+from genrecal_ds.data.batch import IGNORE, PairBatch, StudentBatch, TeacherBatch
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.head import FrozenHead
@@ -38,6 +38,16 @@ class TeacherRows(NamedTuple):
 
     inputs_AH: Tensor  # rows that enter the Recalibrator
     targets_NH: Tensor  # z: the teacher's own rows that predict the labels
+
+
+class Seen(NamedTuple):
+    """A micro-batch after both bodies have read it."""
+
+    hidden_BSD: Tensor  # the student's
+    batch: PairBatch
+    teacher: TeacherBatch
+    teacher_rows: TeacherRows
+    totals: Totals
 
 
 @dataclass(frozen=True)
@@ -74,33 +84,22 @@ class Objective(nn.Module):
         with self.clock.phase("student"):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_student):
                 hidden_BSD = self.student.body(*batch.student.inputs)
+        seen = None
         if teacher_rows is not None:
-            terms.append(self.teacher_term(hidden_BSD, batch, teacher_rows, totals, report))
+            assert batch.teacher is not None
+            seen = Seen(hidden_BSD, batch, batch.teacher, teacher_rows, totals)
+            terms.append(self.teacher_term(seen, report))
         if self.trains_student:
             terms.append(self.student_term(hidden_BSD, batch.student, totals, report))
-        if probe and teacher_rows is not None:
-            self.probe(hidden_BSD, batch, teacher_rows, totals, report)
+        if probe and seen:
+            self.probe(seen, report)
         return sum(terms[1:], terms[0]), report
 
-    def teacher_term(
-        self,
-        hidden_BSD: Tensor,
-        batch: PairBatch,
-        teacher_rows: TeacherRows,
-        totals: Totals,
-        report: Report,
-    ) -> Tensor:
+    def teacher_term(self, seen: Seen, report: Report) -> Tensor:
         """What the teacher says of the student's hidden states; adds its rows to the report."""
         raise NotImplementedError
 
-    def probe(
-        self,
-        hidden_BSD: Tensor,
-        batch: PairBatch,
-        teacher_rows: TeacherRows,
-        totals: Totals,
-        report: Report,
-    ) -> None:
+    def probe(self, seen: Seen, report: Report) -> None:
         """Adds measurements to the report; changes no gradient (objectives/probes.py)."""
 
     def student_term(

@@ -9,11 +9,11 @@ entering the Recalibrator, N teacher loss rows, K passes (mixed; in align also r
 
 from torch import Tensor
 
-from genrecal_ds.data.batch import IGNORE, PairBatch, TeacherBatch
+from genrecal_ds.data.batch import IGNORE, TeacherBatch
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
-from genrecal_ds.objectives.base import Ingredients, Objective, TeacherRows, Totals
-from genrecal_ds.objectives.probes import Recalibration, probe_gradients, probe_questions
+from genrecal_ds.objectives.base import Ingredients, Objective, Seen
+from genrecal_ds.objectives.probes import probe_gradients, probe_questions
 from genrecal_ds.objectives.report import Report
 
 
@@ -30,29 +30,15 @@ class GenRecal(Objective):
         # In the order in which data/batch.py lays the passes out.
         self.passes = ("mixed", "regular") if parts.stage.has_regular else ("mixed",)
 
-    def teacher_term(
-        self,
-        hidden_BSD: Tensor,
-        batch: PairBatch,
-        teacher_rows: TeacherRows,
-        totals: Totals,
-        report: Report,
-    ) -> Tensor:
+    def teacher_term(self, seen: Seen, report: Report) -> Tensor:
         """L_ar + L_kl of every pass, in one call of the teacher's head."""
-        teacher = batch.teacher
-        assert teacher is not None
+        teacher = seen.teacher
         with self.clock.phase("recalibrator"):
-            rows_KNH = self.recalibrate(hidden_BSD, teacher, teacher_rows)
+            rows = self.recalibrator(seen.hidden_BSD, seen.teacher_rows.inputs_AH, teacher.layout)
+            rows_KNH = rows.unflatten(0, (-1, teacher.labels_N.shape[0]))
         with self.clock.phase("head"):
-            loss_sum = self._head_terms(rows_KNH, teacher, teacher_rows, report)
-        return loss_sum / totals.teacher_rows
-
-    def recalibrate(
-        self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows
-    ) -> Tensor:
-        """[K, N, H]: the Recalibrator's loss rows of every pass."""
-        rows = self.recalibrator(hidden_BSD, teacher_rows.inputs_AH, teacher.layout)
-        return rows.unflatten(0, (-1, teacher.labels_N.shape[0]))
+            loss_sum = self._head_terms(rows_KNH, seen, report)
+        return loss_sum / seen.totals.teacher_rows
 
     def labels(self, teacher: TeacherBatch) -> Tensor:
         """[N]: the teacher's labels; IGNORE on boundary rows while losses.boundary is false."""
@@ -60,34 +46,19 @@ class GenRecal(Objective):
             return teacher.labels_N
         return teacher.labels_N.masked_fill(teacher.boundary_N, IGNORE)
 
-    def probe(
-        self,
-        hidden_BSD: Tensor,
-        batch: PairBatch,
-        teacher_rows: TeacherRows,
-        totals: Totals,
-        report: Report,
-    ) -> None:
-        teacher, student = batch.teacher, batch.student
-        assert teacher is not None
-        labels_N = self.labels(teacher)
-        of = Recalibration(self.recalibrator, self.teacher_head, teacher, teacher_rows, labels_N)
-        probe_questions(of, hidden_BSD, report)
+    def probe(self, seen: Seen, report: Report) -> None:
+        labels_N = self.labels(seen.teacher)
+        probe_questions(self.recalibrator, self.teacher_head, labels_N, seen, report)
         if self.trains_student:
 
             def own_ce(hidden_BSD: Tensor) -> Tensor:
-                return self.student_ce(hidden_BSD, student)[0]
+                return self.student_ce(hidden_BSD, seen.batch.student)[0]
 
             weighted = own_ce if self.losses.student_ce else None
-            probe_gradients(of, weighted, hidden_BSD, totals, report)
+            probe_gradients(self.recalibrator, self.teacher_head, labels_N, weighted, seen, report)
 
-    def _head_terms(
-        self,
-        rows_KNH: Tensor,
-        teacher: TeacherBatch,
-        teacher_rows: TeacherRows,
-        report: Report,
-    ) -> Tensor:
+    def _head_terms(self, rows_KNH: Tensor, seen: Seen, report: Report) -> Tensor:
+        teacher, targets_NH = seen.teacher, seen.teacher_rows.targets_NH
         losses, labels_N, boundary_N = self.losses, self.labels(teacher), teacher.boundary_N
         # Algorithm 2: the regularizer's form says which terms the regular pass has, at weight 1.
         weights = {
@@ -95,9 +66,7 @@ class GenRecal(Objective):
             "regular": (float("ce" in losses.regularizer), float("kl" in losses.regularizer)),
         }
         ce_weights, kl_weights = zip(*(weights[name] for name in self.passes), strict=True)
-        out = self.teacher_head.loss(
-            rows_KNH, teacher_rows.targets_NH, labels_N, ce_weights, kl_weights
-        )
+        out = self.teacher_head.loss(rows_KNH, targets_NH, labels_N, ce_weights, kl_weights)
         valid_N, loss_sum = labels_N != IGNORE, out.loss_sum
         for k, name in enumerate(self.passes):
             prefix = "regular_" if name == "regular" else ""
@@ -105,7 +74,7 @@ class GenRecal(Objective):
             report.add_rows(f"{prefix}kl", out.kl_KN[k], boundary_N, valid_N)
             report.add_rows(f"{prefix}agree", out.top1_KN[k], boundary_N, valid_N)
         if "regular" in self.passes and losses.regularizer == "mse":
-            difference_NH = rows_KNH[-1] - teacher_rows.targets_NH
+            difference_NH = rows_KNH[-1] - targets_NH
             error_N = difference_NH.float().square().mean(-1) * valid_N
             report.add_rows("regular_mse", error_N, boundary_N, valid_N)
             loss_sum = loss_sum + error_N.sum()

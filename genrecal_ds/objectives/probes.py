@@ -9,63 +9,43 @@ M student loss rows, K passes, P rows of the Recalibrator's input.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from genrecal_ds.data.batch import IGNORE, StudentBatch, TeacherBatch
-from genrecal_ds.data.recalibrator_input import RecalibratorInput
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import LanguageHead
-from genrecal_ds.objectives.base import TeacherRows, Totals
+from genrecal_ds.objectives.base import Seen
 from genrecal_ds.objectives.report import Report
-from genrecal_ds.ops.head_loss import HeadLoss
-
-
-class Recalibration(NamedTuple):
-    """The teacher's side of a micro-batch, as the mixed pass reads it."""
-
-    recalibrator: Recalibrator
-    head: FrozenHead
-    teacher: TeacherBatch
-    rows: TeacherRows
-    labels_N: Tensor
-
-    def mixed(self, hidden_BSD: Tensor, layout: RecalibratorInput) -> Tensor:
-        """[1, N, H]: the mixed pass's loss rows."""
-        rows = self.recalibrator(hidden_BSD, self.rows.inputs_AH, layout)
-        return rows[: len(self.labels_N)][None]
-
-    def loss(
-        self, rows_1NH: Tensor, labels_N: Tensor, ce_weight: float, kl_weight: float
-    ) -> HeadLoss:
-        targets_NH = self.rows.targets_NH
-        return self.head.loss(rows_1NH, targets_NH, labels_N, [ce_weight], [kl_weight])
 
 
 @torch.no_grad()
-def probe_questions(of: Recalibration, hidden_BSD: Tensor, report: Report) -> None:
+def probe_questions(
+    recalibrator: Recalibrator, head: FrozenHead, labels_N: Tensor, seen: Seen, report: Report
+) -> None:
     """L_ar and L_kl of the mixed pass with another sample's question states, and with none."""
-    teacher, labels_N = of.teacher, of.labels_N
+    teacher, rows, hidden_BSD = seen.teacher, seen.teacher_rows, seen.hidden_BSD
     exchanged_P = exchanged_questions(teacher, hidden_BSD.shape[1])
     is_alone = len(hidden_BSD) == 1  # no other sample to exchange with
     for name, hidden, layout in (
         ("shuffled", hidden_BSD, teacher.layout._replace(source_P=exchanged_P)),
         ("zeroed", torch.zeros_like(hidden_BSD), teacher.layout),
     ):
-        out = of.loss(of.mixed(hidden, layout), labels_N, 1.0, 1.0)
+        rows_NH = recalibrator(hidden, rows.inputs_AH, layout)[: len(labels_N)]
+        out = head.loss(rows_NH[None], rows.targets_NH, labels_N, [1.0], [1.0])
         valid_N = (labels_N != IGNORE) & (not (is_alone and name == "shuffled"))
         for term, values_N in (("ar", out.ce_KN[0]), ("kl", out.kl_KN[0])):
             report.add_rows(f"probe/{term}_{name}", values_N, teacher.boundary_N, valid_N)
 
 
 def probe_gradients(
-    of: Recalibration,
+    recalibrator: Recalibrator,
+    head: FrozenHead,
+    labels_N: Tensor,
     student_ce: Callable[[Tensor], Tensor] | None,
-    hidden_BSD: Tensor,
-    totals: Totals,
+    seen: Seen,
     report: Report,
 ) -> None:
     """Norm of each term's gradient at the student's hidden states, boundary rows apart.
@@ -73,15 +53,16 @@ def probe_gradients(
     student_ce: the student's own cross entropy of hidden states, summed; None where it has no
     weight, so that it is measured without a gradient.
     """
-    boundary_N, labels_N = of.teacher.boundary_N, of.labels_N
+    boundary_N, rows, totals = seen.teacher.boundary_N, seen.teacher_rows, seen.totals
     with torch.enable_grad():
-        leaf_BSD = hidden_BSD.detach().requires_grad_()
-        rows_1NH = of.mixed(leaf_BSD, of.teacher.layout)
-        for name, weights in (("ar", (1.0, 0.0)), ("kl", (0.0, 1.0))):
-            for rows, keep_N in (("boundary", boundary_N), ("other", ~boundary_N)):
-                term = of.loss(rows_1NH, labels_N.where(keep_N, IGNORE), *weights).loss_sum
+        leaf_BSD = seen.hidden_BSD.detach().requires_grad_()
+        mixed = recalibrator(leaf_BSD, rows.inputs_AH, seen.teacher.layout)[: len(labels_N)]
+        for name, weights in (("ar", ([1.0], [0.0])), ("kl", ([0.0], [1.0]))):
+            for of_rows, keep_N in (("boundary", boundary_N), ("other", ~boundary_N)):
+                kept_N = labels_N.where(keep_N, IGNORE)
+                term = head.loss(mixed[None], rows.targets_NH, kept_N, *weights).loss_sum
                 (gradient,) = torch.autograd.grad(term, leaf_BSD, retain_graph=True)
-                report.norms[f"gradient/{name}_{rows}"] = _square(gradient, totals.teacher_rows)
+                report.norms[f"gradient/{name}_{of_rows}"] = _square(gradient, totals.teacher_rows)
         square = leaf_BSD.new_zeros((), dtype=torch.float32)
         if student_ce:
             (gradient,) = torch.autograd.grad(student_ce(leaf_BSD), leaf_BSD)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genrecal_ds.data.batch import IGNORE, PairBatch
 from genrecal_ds.models.head import FrozenHead
-from genrecal_ds.objectives.base import Ingredients, Objective, TeacherRows, Totals
+from genrecal_ds.objectives.base import Ingredients, Objective, Seen, TeacherRows
 from genrecal_ds.objectives.probes import probe_student_rows
 from genrecal_ds.objectives.report import Report
 
@@ -33,33 +33,20 @@ class StudentKD(Objective):
         self.teacher_head: FrozenHead = parts.head
         self.matrices = parts.stage.facts.head_matrices
 
-    def teacher_term(
-        self,
-        hidden_BSD: Tensor,
-        batch: PairBatch,
-        teacher_rows: TeacherRows,
-        totals: Totals,
-        report: Report,
-    ) -> Tensor:
-        student = batch.student
+    def teacher_term(self, seen: Seen, report: Report) -> Tensor:
+        student = seen.batch.student
         with self.clock.phase("head"):
-            rows_MD = hidden_BSD.flatten(0, 1).index_select(0, student.rows_M)
-            kd_sum, kd_M, is_taught_M = self.kd(rows_MD, batch, teacher_rows)
+            rows_MD = seen.hidden_BSD.flatten(0, 1).index_select(0, student.rows_M)
+            kd_sum, kd_M, is_taught_M = self.kd(rows_MD, seen.batch, seen.teacher_rows)
             report.add_rows("kd", kd_M, student.boundary_M, is_taught_M)
-        return self.losses.kl * kd_sum / totals.student_rows
+        return self.losses.kl * kd_sum / seen.totals.student_rows
 
-    def probe(
-        self,
-        hidden_BSD: Tensor,
-        batch: PairBatch,
-        teacher_rows: TeacherRows,
-        totals: Totals,
-        report: Report,
-    ) -> None:
-        rows_MD = hidden_BSD.detach().flatten(0, 1).index_select(0, batch.student.rows_M)
+    def probe(self, seen: Seen, report: Report) -> None:
+        student = seen.batch.student
+        rows_MD = seen.hidden_BSD.detach().flatten(0, 1).index_select(0, student.rows_M)
         probe_student_rows(
-            lambda leaf_MD: self.kd(leaf_MD, batch, teacher_rows)[0],
-            self.student.head, rows_MD, batch.student, totals.student_rows, report,
+            lambda leaf_MD: self.kd(leaf_MD, seen.batch, seen.teacher_rows)[0],
+            self.student.head, rows_MD, student, seen.totals.student_rows, report,
         )  # fmt: skip
 
     @abstractmethod

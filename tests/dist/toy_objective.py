@@ -15,12 +15,11 @@ def build(parts: Ingredients) -> "RowLengths":
 
 
 class RowLengths(Objective):
-    def teacher_term(self, hidden_BSD, batch, teacher_rows, totals, report):
-        student = batch.student
-        index_M, is_paired_M = paired_rows(batch)
-        own_M = hidden_BSD.flatten(0, 1)[student.rows_M].norm(dim=-1)
-        theirs_M = teacher_rows.targets_NH[index_M].norm(dim=-1)
+    def teacher_term(self, seen, report):
+        student = seen.batch.student
+        index_M, is_paired_M = paired_rows(seen.batch)
+        own_M = seen.hidden_BSD.flatten(0, 1)[student.rows_M].norm(dim=-1)
+        theirs_M = seen.teacher_rows.targets_NH[index_M].norm(dim=-1)
         error_M = (own_M - theirs_M).square() * is_paired_M
-        valid_M = student.labels_M != IGNORE
-        report.add_rows("row_length", error_M, student.boundary_M, valid_M)
-        return self.losses.kl * error_M.sum() / totals.student_rows
+        report.add_rows("row_length", error_M, student.boundary_M, student.labels_M != IGNORE)
+        return self.losses.kl * error_M.sum() / seen.totals.student_rows
