@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ablation study study-gap test test-extras test-cluster chaos same-bits test-gpu map models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-extras test-cluster chaos same-bits test-gpu map models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -22,55 +22,6 @@ setup: ## make .venv (PYTHON=..., GENRECAL_TORCH_INDEX=...); demo and test do it
 
 demo: setup ## a whole distillation at toy size on the CPU, with a table (CACHE=1: teacher's rows kept)
 	$(IN_VENV) .venv/bin/python -m launch.demo.run $(if $(CACHE),--cache)
-
-# The teacher's rows first: runs beside each other may read one cache, not write it.
-ABLATION := launch/recipes/demo/ablation.yaml
-FILL := .venv/bin/python launch/train.py $(ABLATION) --cache-only stages.distill.steps=null \
-	stages.distill.epochs=1 run_dir=runs/ablation/fill
-ablation: setup ## the paper's ablations and the baselines, after `make demo`: about an hour on 2 cores
-	$(IN_VENV) $(FILL) data.train=runs/demo/data/train
-	$(IN_VENV) $(FILL) data.train=runs/demo/data/share
-	$(IN_VENV) .venv/bin/python -m genrecal_ds.ablate $(ABLATION) --jobs $(or $(JOBS),2) \
-		--grid launch/grids/demo.yaml --out runs/ablation
-	$(IN_VENV) .venv/bin/python launch/train.py launch/recipes/demo/twin.yaml
-	$(IN_VENV) .venv/bin/python -m genrecal_ds.ablate $(ABLATION) --jobs $(or $(JOBS),2) \
-		--grid launch/grids/demo_twin.yaml --out runs/ablation_twin
-
-# Sets of other sizes and with wrong answers, the teacher's rows of each, then both grids.
-DIGITS := .venv/bin/python -m data_tools.build digits --format digits --split train
-STUDY := .venv/bin/python -m genrecal_ds.ablate $(ABLATION) --jobs $(or $(JOBS),2)
-study: setup ## which arm beats SFT where labels are wrong or few, after `make demo`: three hours on 2 cores
-	$(IN_VENV) $(DIGITS) --num-samples 16000 --seed 2 --wrong-share 0.35 --out runs/demo/data/train_wrong
-	$(IN_VENV) $(DIGITS) --num-samples 1000 --seed 6 --out runs/demo/data/small
-	$(IN_VENV) $(DIGITS) --num-samples 1000 --seed 6 --wrong-share 0.35 --out runs/demo/data/small_wrong
-	$(foreach data,train train_wrong small small_wrong,$(IN_VENV) $(FILL) data.train=runs/demo/data/$(data) &&) true
-	$(IN_VENV) $(STUDY) --grid launch/grids/study.yaml --out runs/study
-	$(IN_VENV) .venv/bin/python -m genrecal_ds.evaluate runs/demo/teacher/learn/student \
-		runs/demo/data/train_wrong --limit 8000 --max-new-tokens 32 --out runs/study_ideas/teacher.json
-	$(IN_VENV) .venv/bin/python -m data_tools.collect_responses runs/demo/data/train_wrong \
-		runs/study_ideas/teacher.predictions.jsonl --min-score 0 --out runs/demo/data/teacher_answers
-	$(IN_VENV) $(STUDY) --grid launch/grids/study_ideas.yaml --out runs/study_ideas
-
-# Three other teachers, two other students, the rows of these teachers, then the grids.
-TRAIN := .venv/bin/python launch/train.py
-WRONG := data.train=runs/demo/data/train_wrong
-OTHER_ROWS = teacher.path=runs/demo/$(1)_teacher/learn/student teacher.cache=runs/ablation/rows_$(1)
-study-gap: setup ## weaker teachers, other students, eyes that train; after `make study`: an hour
-	$(IN_VENV) $(DIGITS) --num-samples 16000 --seed 7 --out runs/demo/data/other
-	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/other_teacher \
-		data.train=runs/demo/data/other
-	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/weak_teacher \
-		data.train=runs/demo/data/other stages.learn.steps=900
-	$(IN_VENV) $(TRAIN) launch/recipes/demo/teacher.yaml run_dir=runs/demo/wrong_teacher $(WRONG)
-	$(IN_VENV) $(TRAIN) launch/recipes/demo/baseline.yaml run_dir=runs/demo/small \
-		student.path=runs/demo/models/small_init
-	$(IN_VENV) $(TRAIN) launch/recipes/demo/baseline.yaml run_dir=runs/demo/large \
-		student.path=runs/demo/models/large_init optimizer.lr=2e-3 stages.see.final_lr=2e-4
-	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,other)
-	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,weak)
-	$(IN_VENV) $(FILL) $(WRONG) $(call OTHER_ROWS,wrong)
-	$(IN_VENV) $(STUDY) --grid launch/grids/study_gap.yaml --out runs/study_gap
-	$(IN_VENV) $(STUDY) --grid launch/grids/study_vision.yaml --out runs/study_vision
 
 test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
 	.venv/bin/ruff check .
@@ -93,7 +44,7 @@ test-cluster: setup ## two hosts, SLURM, killed ranks, full disks; root on Debia
 chaos: setup ## kill a random rank at a random time, N=20 runs, and compare the results
 	$(IN_VENV) .venv/bin/python -m tests.cluster.chaos --runs $(or $(N),20) --seed $(or $(SEED),0)
 
-same-bits: setup ## whether faithful.yaml trains bit for bit what it did at commit COMMIT
+same-bits: setup ## whether two recipes train bit for bit what they did at commit COMMIT
 	$(IN_VENV) .venv/bin/python -m tests.same_bits $(or $(COMMIT),HEAD)
 
 test-gpu: ## the tests that need a GPU, on PYTHON as it is (default python3); no set-up

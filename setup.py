@@ -87,6 +87,7 @@ setup(
             "recipes/**/*.yaml",
             "grids/*.yaml",
             "slurm/*",
+            "studies/*",
             "containers/*",
             "hostfile*",
             "demo/**/*.json",

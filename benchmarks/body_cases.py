@@ -33,7 +33,7 @@ def batch_of(lengths: list[tuple[int, int]]) -> PairBatch:
 
 
 class BodyNumbers:
-    """Hidden states and a packing whose sequences fill a padded batch to about `fill`."""
+    """Hidden states and a layout whose sequences fill a padded batch to about `fill`."""
 
     def __init__(
         self, num_answers: int, question_share: float, fill: float, width: int,
@@ -47,7 +47,7 @@ class BodyNumbers:
         lengths = [(ends[b % 2] - answer, answer) for b in range(max(2, num_answers // answer))]
         batch = batch_of(lengths)
         assert batch.teacher is not None
-        self.packing = to_device(batch.teacher.packing, self.device)
+        self.layout = to_device(batch.teacher.layout, self.device)
         generator = torch.Generator(self.device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -56,14 +56,14 @@ class BodyNumbers:
         self.student = normal(*batch.student.inputs.input_ids.shape, width)
         self.teacher = normal(len(batch.teacher.rows_A), teacher_width)
         self.weight = normal(width, teacher_width) / teacher_width**0.5
-        self.fill = len(self.packing.source_P) / self.packing.num_sequences / (
-            self.packing.max_seqlen
+        self.fill = len(self.layout.source_P) / self.layout.num_sequences / (
+            self.layout.max_seqlen
         )  # fmt: skip
 
 
 def align_cases(numbers: BodyNumbers) -> Contestants:
     """Forward and backward to dq and dW."""
-    packing = numbers.packing
+    layout = numbers.layout
 
     def run(forward: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
         shape = forward(numbers.student, numbers.weight).shape
@@ -79,14 +79,14 @@ def align_cases(numbers: BodyNumbers) -> Contestants:
 
     def op(impl: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda student, weight: token_align(
-            student, numbers.teacher, weight, packing.source_P, packing.uses_RU, impl=impl
+            student, numbers.teacher, weight, layout.source_P, layout.uses_RU, impl=impl
         )
 
     def padded(student: Tensor, weight: Tensor) -> Tensor:
         """As a padded batch: project, then write both sides into [C, L, D]."""
         packed = op("reference")(student, weight)
-        slots = packing.sequence_P * packing.max_seqlen + packing.position_ids_P
-        flat = packed.new_zeros(packing.num_sequences * packing.max_seqlen, packed.shape[1])
+        slots = layout.sequence_P * layout.max_seqlen + layout.position_ids_P
+        flat = packed.new_zeros(layout.num_sequences * layout.max_seqlen, packed.shape[1])
         return flat.index_copy(0, slots, packed)
 
     def floor() -> None:
@@ -115,7 +115,7 @@ def recalibrator_cases(numbers: BodyNumbers, config: dict, attention: str) -> Co
         def step() -> None:
             student = numbers.student.detach().requires_grad_()
             module.zero_grad(set_to_none=True)
-            module(student, numbers.teacher, numbers.packing).float().sum().backward()
+            module(student, numbers.teacher, numbers.layout).float().sum().backward()
 
         return step
 

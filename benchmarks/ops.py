@@ -115,7 +115,6 @@ def frozen_head(numbers: Numbers) -> Contestants:
     entered: Contestants = {
         "3 bare GEMMs": heads.gemms(numbers, logits=2, rows=1),
         "ours": heads.ours(numbers),
-        "ours, cached teacher": heads.ours(numbers, cached=True),
         "torch, whole logits": heads.naive(numbers),
     }
     return entered | distillation_peers(numbers)
@@ -130,17 +129,6 @@ def stage_one(numbers: Numbers) -> Contestants:
     }
 
 
-def cached_teacher(numbers: Numbers) -> Contestants:
-    """G3."""
-    entered: Contestants = {
-        "2 bare GEMMs": heads.gemms(numbers, logits=1, rows=1),
-        "ours": heads.ours(numbers),
-        "ours, cached teacher": heads.ours(numbers, cached=True),
-    }
-    ce_alone = ce_peers(numbers, trains_head=False)
-    return entered | {f"CE alone: {name}": run for name, run in ce_alone.items()}
-
-
 def trained_head(numbers: Numbers) -> Contestants:
     """G4: the student's CE with dW."""
     entered: Contestants = {
@@ -148,7 +136,7 @@ def trained_head(numbers: Numbers) -> Contestants:
         "ours": heads.student_ce(numbers),
         "torch, whole logits": heads.student_ce_torch(numbers),
     }
-    return entered | ce_peers(numbers, trains_head=True)
+    return entered | ce_peers(numbers)
 
 
 def alignment(sizes: list[tuple[int, int, int]], dtype: torch.dtype) -> Callable[[int, float], Any]:
@@ -179,7 +167,7 @@ def recalibrators(
             )  # fmt: skip
             cases = recalibrator_cases(numbers, config, attention)
             found = race(cases, rounds, "transformers, padded")
-            shape = f"P={len(numbers.packing.source_P)} fill={numbers.fill:.2f}"
+            shape = f"P={len(numbers.layout.source_P)} fill={numbers.fill:.2f}"
             yield {"shape": shape, "dtype": str(dtype), "contestants": found}
 
     return run
@@ -193,7 +181,6 @@ BF16, FP32 = torch.bfloat16, torch.float32
 GPU_CASES = {
     "G1": head_case(shapes(4096, 8192, 16384), BF16, frozen_head, 0.2),
     "G2": head_case(shapes(4096), BF16, stage_one, 0.2),
-    "G3": head_case(shapes(4096), BF16, cached_teacher, 0.2),
     "G4": head_case([(8192, 3584, 152064), (8192, 1536, 151936)], BF16, trained_head, 0.2),
     "G5": alignment([(4096, 3584, 8192), (8192, 3584, 8192), (8192, 1536, 3584)], BF16),
     "G6": recalibrators(1500, QWEN_7B, 8192, BF16, "varlen"),

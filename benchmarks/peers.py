@@ -26,19 +26,19 @@ def distillation_peers(numbers: Numbers) -> Contestants:
     return peers
 
 
-def ce_peers(numbers: Numbers, trains_head: bool) -> Contestants:
-    """CE alone, through a trained or a frozen head: a floor for the cached teacher. CUDA only."""
+def ce_peers(numbers: Numbers) -> Contestants:
+    """CE alone, through a trained head. CUDA only."""
     peers: Contestants = {}
     if not numbers.weight.is_cuda:
         return peers
     if installed("liger_kernel"):
-        peers["liger linear CE"] = _of_leaves(numbers, trains_head, liger_ce())
+        peers["liger linear CE"] = _of_leaves(numbers, liger_ce())
     if installed("cut_cross_entropy"):
         for impl in ("cce", "cce_exact"):
-            peers[f"cut-cross-entropy, {impl}"] = _of_leaves(numbers, trains_head, cut_ce(impl))
+            peers[f"cut-cross-entropy, {impl}"] = _of_leaves(numbers, cut_ce(impl))
     if installed("quack"):
         for chunk in (4096, 8192):
-            peers[f"quack, {chunk} rows"] = _of_leaves(numbers, trains_head, quack_ce(chunk))
+            peers[f"quack, {chunk} rows"] = _of_leaves(numbers, quack_ce(chunk))
     return peers
 
 
@@ -47,14 +47,15 @@ def installed(package: str) -> bool:
 
 
 def _of_leaves(
-    numbers: Numbers, trains_head: bool, loss: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Callable[[], Tensor | None]:
-    """Forward and backward; the head's gradient, or None: CE alone has another one for rows."""
+    numbers: Numbers, loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Callable[[], Tensor]:
+    """Forward and backward; returns the head's gradient."""
 
-    def run() -> Tensor | None:
+    def run() -> Tensor:
         rows = numbers.rows[0].clone().requires_grad_()
-        weight = numbers.weight.detach().requires_grad_(trains_head)
+        weight = numbers.weight.detach().requires_grad_()
         loss(rows, weight, numbers.labels).backward()
+        assert weight.grad is not None
         return weight.grad
 
     return run

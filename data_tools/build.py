@@ -29,7 +29,7 @@ from data_tools.sources import (
     vqa,
     webdataset,
 )
-from data_tools.text import complain
+from genrecal_ds.console.command import command
 from genrecal_ds.data.index import MANIFEST_NAME, local_path
 from genrecal_ds.errors import UserError
 
@@ -188,14 +188,11 @@ def _build(source: Source, out: Path, arguments: dict[str, Any], args: argparse.
     return 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0, 1 (too many rejects) or 2 (a user's mistake)."""
     args = parser().parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        complain(error)
-        return 2
+    return run(args)
 
 
 if __name__ == "__main__":

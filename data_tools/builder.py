@@ -27,8 +27,8 @@ from typing import Any
 from data_tools.sources import RawSample, Source
 from data_tools.writer import (
     CheckedSample,
-    Part,
     ShardFile,
+    ShardPart,
     publish,
     publish_folder,
     shard_path,
@@ -64,7 +64,7 @@ class BuildReport:
     def reject_rate(self) -> float:
         return self.num_rejected / max(1, self.num_rejected + self.num_accepted)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: ShardPart) -> None:
         """Count one shard."""
         self.num_accepted += len(part.records)
         self.rejected.update(reject["reason"] for reject in part.rejects)
@@ -162,8 +162,8 @@ class _Job:
     def part_path(self, number: int) -> Path:
         return self.parts / f"{number:06d}.json"
 
-    def read_part(self, number: int) -> Part:
-        return Part(**json.loads(self.part_path(number).read_text(encoding="utf-8")))
+    def read_part(self, number: int) -> ShardPart:
+        return ShardPart(**json.loads(self.part_path(number).read_text(encoding="utf-8")))
 
     def is_finished(self, number: int) -> bool:
         """True when the part file is there and its tar is what the part file says."""
@@ -323,7 +323,7 @@ def _claimed(out: Path, identity: dict[str, Any], is_shared: bool = False) -> It
         os.close(descriptor)  # and with it the lock
 
 
-def _write_rejects(out: Path, parts: Sequence[Part]) -> None:
+def _write_rejects(out: Path, parts: Sequence[ShardPart]) -> None:
     path = out / REJECTS_NAME
     with temporary(path).open("w", encoding="utf-8") as file:
         for part in parts:

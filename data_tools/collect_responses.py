@@ -22,7 +22,7 @@ from data_tools.build import positive
 from data_tools.builder import build, is_finished
 from data_tools.progress import progress_bar
 from data_tools.sources import RawSample, RowSource, assistant
-from data_tools.text import complain
+from genrecal_ds.console.command import command
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.data.index import ShardIndex, file_sha256, local_path
 from genrecal_ds.data.reader import BadSample, ShardReader
@@ -82,6 +82,7 @@ def read_responses(path: Path) -> dict[str, tuple[str, float]]:
     return found
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0 or 2 (a user's mistake)."""
     parser = argparse.ArgumentParser(
@@ -95,24 +96,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard-size", default=512, type=positive, metavar="SAMPLES")
     parser.add_argument("--workers", type=positive, metavar="N", help="default: all cores")
     args = parser.parse_args(argv)
-    try:
-        source = Responses(args.shards, args.predictions, args.min_score)
-        facts = {"responses": args.shards, "min_score": args.min_score}
-        facts["shard_size"] = args.shard_size
-        out = local_path(args.out)
-        if is_finished(out, {**facts, "source_digest": source.digest}):
-            print(f"{args.out}: already collected with these arguments, nothing to do")
-            return 0
-        with progress_bar() as progress:
-            task = progress.add_task("collecting", total=len(source))
-            report = build(
-                source, out, arguments=facts, shard_size=args.shard_size,
-                max_reject_rate=1.0, num_workers=args.workers or len(os.sched_getaffinity(0)),
-                advance=lambda rows: progress.advance(task, rows),
-            )  # fmt: skip
-    except UserError as error:
-        complain(error)
-        return 2
+    source = Responses(args.shards, args.predictions, args.min_score)
+    facts = {"responses": args.shards, "min_score": args.min_score}
+    facts["shard_size"] = args.shard_size
+    out = local_path(args.out)
+    if is_finished(out, {**facts, "source_digest": source.digest}):
+        print(f"{args.out}: already collected with these arguments, nothing to do")
+        return 0
+    with progress_bar() as progress:
+        task = progress.add_task("collecting", total=len(source))
+        report = build(
+            source, out, arguments=facts, shard_size=args.shard_size,
+            max_reject_rate=1.0, num_workers=args.workers or len(os.sched_getaffinity(0)),
+            advance=lambda rows: progress.advance(task, rows),
+        )  # fmt: skip
     print(f"{args.out}: {report.num_accepted} responses kept, {report.num_rejected} left out")
     for reason, count in report.rejected.most_common():
         print(f"  {reason}: {count}")

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_tools.text import complain
+from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex
-from genrecal_ds.errors import UserError
 
 EXAMPLE = """example:
   python -m data_tools.fingerprint shards/train copy/train
@@ -26,6 +25,7 @@ def content(index: ShardIndex) -> str:
     return hashlib.sha256(pairs.astype("<i8").tobytes()).hexdigest()
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0, 1 (folders differ in content) or 2 (a user's mistake)."""
     parser = argparse.ArgumentParser(
@@ -35,16 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("directories", nargs="+", metavar="SHARDS")
     args = parser.parse_args(argv)
     contents = set()
-    try:
-        for directory in args.directories:
-            index = ShardIndex.load(directory)
-            contents.add(content(index))
-            print(f"{directory}: {len(index)} samples in {len(index.shards)} shards")
-            print(f"  fingerprint {index.fingerprint}")
-            print(f"  content     {content(index)}")
-    except UserError as error:
-        complain(error)
-        return 2
+    for directory in args.directories:
+        index = ShardIndex.load(directory)
+        contents.add(content(index))
+        print(f"{directory}: {len(index)} samples in {len(index.shards)} shards")
+        print(f"  fingerprint {index.fingerprint}")
+        print(f"  content     {content(index)}")
     return 1 if len(contents) > 1 else 0
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_tools.build import not_negative, positive
-from data_tools.text import complain
+from genrecal_ds.console.command import command, complain
 from genrecal_ds.console.text import printable
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import BadSample, Sample, ShardReader
@@ -88,6 +88,7 @@ def write_sheet(index: ShardIndex, first: int, count: int, path: Path) -> None:
     print(f"{path}: samples {first} to {min(first + count, len(index)) - 1}")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0, 1 (the sample is bad) or 2 (a user's mistake)."""
     parser = argparse.ArgumentParser(
@@ -110,9 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.html:
             write_sheet(index, args.sample, args.count, args.html)
         sample = ShardReader(index).read(args.sample)
-    except UserError as error:
-        complain(error)
-        return 2
     except BadSample as error:
         complain(error)
         return 1

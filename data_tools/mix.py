@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.build import not_negative
-from data_tools.text import complain
 from data_tools.writer import publish, publish_index, shard_path, temporary
+from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex, file_sha256, local_path
 from genrecal_ds.errors import UserError
 
@@ -100,6 +100,7 @@ def weights_of(words: Sequence[str]) -> dict[Path, float]:
     return weights
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0 or 2 (a user's mistake)."""
     parser = argparse.ArgumentParser(
@@ -110,12 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--seed", default=0, type=not_negative, metavar="S")
     args = parser.parse_args(argv)
-    try:
-        weights, out = weights_of(args.folders), local_path(args.out)
-        num_samples = mix(weights, out, args.seed)
-    except UserError as error:
-        complain(error)
-        return 2
+    weights, out = weights_of(args.folders), local_path(args.out)
+    num_samples = mix(weights, out, args.seed)
     print(f"{args.out}: {num_samples} samples an epoch from {len(weights)} folders")
     return 0
 

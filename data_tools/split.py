@@ -17,8 +17,8 @@ import numpy as np
 
 from data_tools.build import not_negative, positive
 from data_tools.progress import progress_bar
-from data_tools.text import complain
 from data_tools.writer import ShardWriter
+from genrecal_ds.console.command import command, complain
 from genrecal_ds.data.index import MANIFEST_NAME, ShardIndex, local_path
 from genrecal_ds.data.reader import BadSample, ShardReader
 from genrecal_ds.errors import UserError
@@ -127,6 +127,7 @@ def shares_of(words: Sequence[str]) -> dict[str, float]:
     return shares
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0, 1 (a damaged sample) or 2 (a user's mistake)."""
     parser = argparse.ArgumentParser(
@@ -144,9 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (out / MANIFEST_NAME).exists():
             raise UserError(f"{out}: is a folder of shards; choose another --out")
         counts = split(args.directory, out, shares_of(args.parts), args.seed, args.shard_size)
-    except UserError as error:
-        complain(error)
-        return 2
     except BadSample as error:
         complain(f"{error}; nothing is split before data_tools.verify is clean")
         return 1

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from data_tools.build import positive
 from data_tools.progress import progress_bar
-from data_tools.text import complain
 from data_tools.writer import publish, temporary, write_json
+from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.lengths import TABLE_DTYPE, table_facts, table_path
 from genrecal_ds.data.reader import BadSample, ShardReader
@@ -150,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if sum(reasons.values()) == len(table) else 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0, 1 (nothing can be encoded) or 2 (a user's mistake)."""
     parser = argparse.ArgumentParser(
@@ -161,11 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher", metavar="FOLDER", help="left out: a run without a teacher")
     parser.add_argument("--workers", default=len(os.sched_getaffinity(0)), type=positive)
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        complain(error)
-        return 2
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.progress import progress_bar
-from data_tools.text import complain
+from genrecal_ds.console.command import command
 from genrecal_ds.console.text import printable
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.reader import TAR_ERRORS, BadSample, ShardReader, tar_stages
-from genrecal_ds.errors import UserError
 
 EXAMPLE = """example:
   python -m data_tools.verify shards/train
@@ -90,6 +89,7 @@ def run(directory: Path) -> int:
     return 1 if num_defects else 0
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0 (sound), 1 (defects) or 2 (no readable folder)."""
     parser = argparse.ArgumentParser(
@@ -100,11 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("directory", metavar="DIR")
     args = parser.parse_args(argv)
-    try:
-        return run(args.directory)
-    except UserError as error:
-        complain(error)
-        return 2
+    return run(args.directory)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class CheckedSample:
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardPart:
     """One finished shard: its manifest entry, its index records, and the rows it left out.
 
     records: one list of integers per sample in INDEX_DTYPE's order, with `shard` 0 and `kind` a
@@ -91,12 +91,12 @@ class ShardFile:
         self._records.append([record[name] for name in INDEX_DTYPE.names or ()])
         self._write(data)
 
-    def publish(self, rejects: Sequence[dict[str, Any]] = ()) -> Part:
+    def publish(self, rejects: Sequence[dict[str, Any]] = ()) -> ShardPart:
         """End the tar and give it its name; a shard without samples leaves no file."""
         if not self._records:
             self.close()
             temporary(self.path).unlink()
-            return Part(None, [], [], list(rejects))
+            return ShardPart(None, [], [], list(rejects))
         # two zero blocks end a tar; whole records of 10240 bytes are what tar programs write
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self._offset + end) % tarfile.RECORDSIZE))
@@ -108,7 +108,7 @@ class ShardFile:
             "sha256": self._digest.hexdigest(),
             "count": len(self._records),
         }
-        return Part(entry, self._records, list(self._kinds), list(rejects))
+        return ShardPart(entry, self._records, list(self._kinds), list(rejects))
 
     def close(self) -> None:
         """Close the file without publishing it; its temporary file stays behind."""
@@ -128,7 +128,7 @@ class ShardWriter:
 
     def __init__(self, directory: Path, shard_size: int) -> None:
         self.directory, self.shard_size = directory, shard_size
-        self._parts: list[Part] = []
+        self._parts: list[ShardPart] = []
         self._open: ShardFile | None = None
 
     def write(self, sample: CheckedSample) -> None:
@@ -169,7 +169,7 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:06d}.tar"
 
 
-def publish_folder(directory: Path, parts: Sequence[Part], build: dict[str, Any]) -> None:
+def publish_folder(directory: Path, parts: Sequence[ShardPart], build: dict[str, Any]) -> None:
     """Write the index of all parts, in order, then the manifest with the build's arguments."""
     kinds: dict[str, int] = {}
     shards = [part for part in parts if part.entry is not None]

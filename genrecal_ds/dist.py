@@ -100,6 +100,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def local_gpus() -> list[int]:
+    """Bytes of memory of each GPU of this machine; empty where there is none."""
+    count = torch.cuda.device_count()
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
+
+
 def synchronize() -> None:
     """Wait for the device, so that a clock read afterwards means what it says."""
     if torch.cuda.is_available():

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from genrecal_ds.console.arguments import positive
-from genrecal_ds.console.refusals import Report
+from genrecal_ds.console.refusals import Findings
 from genrecal_ds.errors import UserError
 from genrecal_ds.estimate.memory import GIB, NOT_COUNTED, Estimate, estimate
 from genrecal_ds.recipe.config import ModelSource, Recipe
@@ -39,7 +39,7 @@ class Case:
     """Holds what the sections share; a part that was refused is missing."""
 
     recipe: Recipe
-    report: Report
+    report: Findings
     cluster: Cluster | None = None
     indices: "dict[str, ShardIndex]" = field(default_factory=dict)
     encoders: "dict[str, ChatEncoder]" = field(default_factory=dict)
@@ -116,10 +116,8 @@ def tokenizers(case: Case) -> None:
             rows = read_config(source.path).get_text_config().vocab_size
             end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_of_turn)
             how = "by {% generation %}" if encoder.marks_answers else "by rendering prefixes"
-            kind = "slow"
-            if encoder.tokenizer.is_fast:
-                kind = f"fast {type(encoder.tokenizer.backend_tokenizer.model).__name__}"
-            case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, {kind}")
+            kind = type(encoder.tokenizer.backend_tokenizer.model).__name__
+            case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, fast {kind}")
             case.report.say(
                 f"  {len(vocabulary):,} tokens, ids up to {max(vocabulary.values()):,}; "
                 f"{rows:,} embedding rows"
@@ -165,7 +163,7 @@ def samples(case: Case) -> None:
 
 
 def _lengths(
-    report: Report, side: str, lengths: np.ndarray, visual: np.ndarray, max_length: int
+    report: Findings, side: str, lengths: np.ndarray, visual: np.ndarray, max_length: int
 ) -> None:
     from genrecal_ds.analysis import samples as view
 
@@ -260,7 +258,7 @@ def memory(case: Case) -> None:
         report.say(f"skipped: needs the {' and the '.join(sorted(case.broken))}")
 
 
-def _fit(report: Report, stage: str, found: Estimate, cluster: Cluster) -> None:
+def _fit(report: Findings, stage: str, found: Estimate, cluster: Cluster) -> None:
     for part in found.parts:
         place = part.place if part.place == "host" else f"gpu {part.phase}"
         report.say(f"  {part.name:<32} {part.bytes / GIB:>9.3f} GiB  {place:<12} {part.formula}")
@@ -305,12 +303,15 @@ def _folders(recipe: Recipe) -> dict[str, str]:
     return {key: folder for key, folder in named.items() if folder is not None}
 
 
-def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> None:
+def examine(recipe: Recipe, arguments: argparse.Namespace, report: Findings) -> None:
     """Run all sections in order; each prints what it can."""
+    from genrecal_ds.dist import local_gpus
+
     case = Case(recipe, report)
     open_shards(case)
     with report.attempt("--hostfile"):
-        case.cluster = cluster_of(arguments.gpus, arguments.gpu_memory, arguments.hostfile)
+        stated = arguments.gpus, arguments.gpu_memory, arguments.hostfile
+        case.cluster = cluster_of(*stated, local_gpus())
     marks = "answers green, boundary rows yellow"
     if not report.in_colour:
         marks = "answers in [[ ]], boundary rows in (( ))"
@@ -332,7 +333,7 @@ def examine(recipe: Recipe, arguments: argparse.Namespace, report: Report) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """0 the recipe will run, 2 something was refused."""
     arguments = _parse(argv)
-    report = Report(Console())
+    report = Findings(Console())
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         examine(recipe, arguments, report)

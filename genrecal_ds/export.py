@@ -7,38 +7,18 @@ python -m genrecal_ds.export runs/demo/sft/checkpoints/step-00000100 OUT   one i
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
+from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.lora import merged
+from genrecal_ds.models.saving import write_student
 from genrecal_ds.models.vlm import plain_model
 
-# Weights and config are written anew; everything else of the source folder belongs to it.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt")
 _PREFIX = "student.model."
-
-
-def write_student(
-    model: PreTrainedModel, state: dict[str, Tensor], source: Path, folder: Path
-) -> None:
-    """Save weights `state` (names of the HF model) with source's tokenizer, processor and template.
-
-    Complete or invisible: written beside, then renamed.
-    """
-    disable_progress_bar()  # one file a stage: its bar would only tear ours
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state)
-    # Last, so that no file of the source's is written anew in other words.
-    others = shutil.ignore_patterns(*_WEIGHTS, "config.json", ".*")
-    shutil.copytree(source, temporary, ignore=others, dirs_exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def export_checkpoint(path: Path, folder: Path) -> None:
@@ -75,19 +55,16 @@ def export(source: Path, folder: Path) -> None:
         raise UserError(f"{source}: neither a finished stage (student/) nor a complete checkpoint")
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.export", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    try:
-        export(arguments.source, arguments.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(argv)
+    export(arguments.source, arguments.out)
     print(f"wrote {arguments.out} (torch {torch.__version__})")
     return 0
 

@@ -7,17 +7,21 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from genrecal_ds.console.command import command
+from genrecal_ds.errors import UserError
+
 RECENT = 20  # logged steps that speed is taken from
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 when the folder is no run."""
     parser = argparse.ArgumentParser(prog="python -m genrecal_ds.status", description=__doc__)
     parser.add_argument("run", type=Path, help="a recipe's run_dir")
@@ -25,8 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     stages = list(stages_of(arguments.run))
     if not stages:
-        print(f"error: {arguments.run}: no stage was started here; name a run_dir", file=sys.stderr)
-        return 2
+        raise UserError(f"{arguments.run}: no stage was started here; name a run_dir")
     state = {"run": str(arguments.run), "state": state_of(arguments.run), "stages": stages}
     if arguments.json:
         print(json.dumps(state, indent=2))

@@ -14,17 +14,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from genrecal_ds.console.command import command
 from genrecal_ds.console.redact import redact_tree
-from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from genrecal_ds.training.guards.stopping import STOP_FILE
-from launch.train import find_recipe
+from launch.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WITHOUT_PROGRESS = 3
@@ -51,7 +52,7 @@ def begin(recipe: Recipe, **facts: Any) -> Path:
 
 
 def git_hash() -> str | None:
-    """Return the commit of the code that runs, with + where files differ; None without git."""
+    """Ask git for the running code's commit; + where files differ, None without a repository."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -64,7 +65,7 @@ def git_hash() -> str | None:
 
 
 def progress(recipe: Recipe) -> dict[str, int]:
-    """Return the steps trained so far, by stage, from the ledger's last whole line."""
+    """Steps trained so far, by stage: the ledger's last line that is whole."""
     steps = {}
     for stage in recipe.stages:
         path = recipe.run_dir / stage.name / "ledger.jsonl"
@@ -74,7 +75,7 @@ def progress(recipe: Recipe) -> dict[str, int]:
 
 
 def outcome(recipe: Recipe, stage: str | None = None) -> str:
-    """Return how the run stands by its markers: done, stopped (can go on) or failed."""
+    """How the run stands by its markers: done, stopped (can go on) or failed."""
     folder = recipe.run_dir / stage if stage else recipe.run_dir
     if (folder / "DONE").is_file():
         return "done"
@@ -82,7 +83,7 @@ def outcome(recipe: Recipe, stage: str | None = None) -> str:
 
 
 def is_stuck(recipe: Recipe) -> bool:
-    """Whether the last attempts all began where the run still is: another would not help."""
+    """Whether the last attempts all began where the run still is: another would do the same."""
     found = sorted((recipe.run_dir / "logs").glob("attempt-*/attempt.json"))
     if len(found) < MAX_WITHOUT_PROGRESS:
         return False
@@ -92,7 +93,8 @@ def is_stuck(recipe: Recipe) -> bool:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.attempt", description=__doc__)
     parser.add_argument("command", choices=("begin", "end", "stages"))
     parser.add_argument("recipe")
@@ -100,21 +102,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stage")
     parser.add_argument("--trust-checkpoint", action="store_true")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
-        if arguments.command == "begin":
-            check_folders(recipe)
-            print(begin(recipe))
-            return 0
-        if arguments.command == "stages":
-            print(*(stage.name for stage in recipe.stages))
-            return 0
-        found = outcome(recipe, arguments.stage)
-        print("stuck" if found != "done" and is_stuck(recipe) else found)
+    recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
+    if arguments.command == "begin":
+        check_folders(recipe)
+        print(begin(recipe))
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.command == "stages":
+        print(*(stage.name for stage in recipe.stages))
+        return 0
+    found = outcome(recipe, arguments.stage)
+    print("stuck" if found != "done" and is_stuck(recipe) else found)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Whether faithful.yaml trains bit for bit what it did at another commit.
+"""Whether faithful.yaml and recommended.yaml train bit for bit what they did at another commit.
 
 python -m tests.same_bits COMMIT [--steps 8] [--ranks 2] [--folder DIR]
 
-The recipe as it is here, with few steps of small batches, fp32 and probes in every step, on the
+Each recipe as it is here, with few steps of small batches, fp32 and probes in every step, on the
 tests' tiny pair: once by the files here, committed or not, once by those of COMMIT, each with its
 own ds_configs, on the same models, shards and packages. Compared are the bytes of every weight file
 that a stage leaves, and every number of metrics.jsonl that is no time, rate or memory; numbers that
@@ -32,6 +32,8 @@ from tests.fixtures import (
     texts_of_digits,
 )
 
+# The paper, through the Recalibrator; and the next-byte KL at the student's own head.
+RECIPES = ("faithful", "recommended")
 MEASURED = ("seconds", "phases", "tokens_per_second", "peak_memory_gib")  # never twice the same
 
 
@@ -43,12 +45,14 @@ def build_inputs(folder: Path) -> None:
         build_digit_shards(folder / split, split, count, seed=2)
 
 
-def recipe_of(folder: Path, side: str, project: Path, steps: int, ranks: int) -> Path:
+def recipe_of(name: str, folder: Path, side: str, project: Path, steps: int, ranks: int) -> Path:
     """The recipe as published, at the size of the tiny pair; a cache and ds_configs of its side."""
-    tree = yaml.safe_load((ROOT / "launch/recipes/faithful.yaml").read_text())
+    tree = yaml.safe_load((ROOT / f"launch/recipes/{name}.yaml").read_text())
     tree |= {
         "precision": "fp32", "deterministic": True,
-        "teacher": {"path": str(folder / "teacher_init"), "cache": str(folder / f"rows_{side}")},
+        "teacher": {
+            "path": str(folder / "teacher_init"), "cache": str(folder / side / f"rows_{name}"),
+        },
         "student": {"path": str(folder / "student_init")},
         "data": {split: str(folder / split) for split in ("train", "validation")},
         "batch": {"global_batch": 4 * ranks, "micro_batch": 2},
@@ -61,7 +65,7 @@ def recipe_of(folder: Path, side: str, project: Path, steps: int, ranks: int) ->
         stage["steps"] = steps
         if "global_batch" in stage:  # twice the recipe's in both, as published
             stage |= {"global_batch": 8 * ranks, "micro_batch": 4}
-    path = folder / side / "r.yaml"
+    path = folder / side / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
@@ -150,13 +154,15 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         tree = files_of(arguments.commit, folder / "tree")
         build_inputs(folder)
-        for side, project in (("here", ROOT), ("there", tree)):
-            print(f"training {side}: {project}", flush=True)
-            recipe = recipe_of(folder, side, project, arguments.steps, arguments.ranks)
-            train(project, recipe, folder / side, arguments.ranks)
-        here, there = folder / "here", folder / "there"
-        same = compared("weight files", weights(here), weights(there))
-        same &= compared("numbers of metrics.jsonl", numbers(here), numbers(there))
+        same = True
+        for name in RECIPES:
+            for side, project in (("here", ROOT), ("there", tree)):
+                print(f"training {name} {side}", flush=True)
+                recipe = recipe_of(name, folder, side, project, arguments.steps, arguments.ranks)
+                train(project, recipe, folder / side / name, arguments.ranks)
+            here, there = folder / "here" / name, folder / "there" / name
+            same &= compared(f"{name}: weight files", weights(here), weights(there))
+            same &= compared(f"{name}: numbers of metrics.jsonl", numbers(here), numbers(there))
     print("bit for bit the same" if same else "NOT the same")
     return 0 if same else 1
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from genrecal_ds.ablate import probes, table
 from genrecal_ds.ablate.grid import Grid, Run, claim, load_grid, runs_of
 from genrecal_ds.console.arguments import positive, share
+from genrecal_ds.console.command import command, complain
 from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.hostfile import free_port
 
@@ -91,7 +92,7 @@ def perform_all(
             print(f"{run.name}: {perform(run, grid, launcher, num_threads)}")
         except UserError as error:
             failures.append(str(error))
-            print(f"error: {error}", file=sys.stderr)
+            complain(error)
         sys.stdout.flush()
 
     print(f"{len(runs)} of {num_all} runs, {jobs} at a time", flush=True)
@@ -100,7 +101,8 @@ def perform_all(
     return failures
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.ablate", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,23 +118,19 @@ def main(argv: list[str] | None = None) -> int:
         help="what trains, in front of a recipe: 'deepspeed launch/train.py'; default one process",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
-    try:
-        grid = load_grid(arguments.grid)
-        runs = runs_of(grid, arguments.recipe, arguments.out)
-        failures: list[str] = []
-        if not arguments.table:
-            number, count = arguments.task or (0, 1)
-            own = runs[number::count]
-            for run in own:
-                claim(run)
-            launcher = shlex.split(arguments.launcher)
-            failures = perform_all(own, grid, launcher, arguments.jobs, len(runs))
-        print(write_tables(grid, runs, arguments.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    grid = load_grid(arguments.grid)
+    runs = runs_of(grid, arguments.recipe, arguments.out)
+    failures: list[str] = []
+    if not arguments.table:
+        number, count = arguments.task or (0, 1)
+        own = runs[number::count]
+        for run in own:
+            claim(run)
+        launcher = shlex.split(arguments.launcher)
+        failures = perform_all(own, grid, launcher, arguments.jobs, len(runs))
+    print(write_tables(grid, runs, arguments.out))
     if failures:
-        print(f"error: {len(failures)} runs failed; start again to repeat them", file=sys.stderr)
+        complain(f"{len(failures)} runs failed; start again to repeat them")
     return 1 if failures else 0
 
 

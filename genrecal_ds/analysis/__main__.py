@@ -19,9 +19,10 @@ from genrecal_ds.analysis import figures
 from genrecal_ds.analysis.calibration import calibration, confidences
 from genrecal_ds.analysis.features import boundary_points, embed, mixing, own_losses, untrained
 from genrecal_ds.analysis.page import write_page
-from genrecal_ds.analysis.probes import Subject, cosines, single_turns
+from genrecal_ds.analysis.probes import TrainedStage, cosines, single_turns
 from genrecal_ds.analysis.report import read_log
 from genrecal_ds.console.arguments import positive
+from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
@@ -49,7 +50,7 @@ def analyse(
             raise UserError(f"--against {against}: its teacher is not {teacher}, as in {run}")
     end = _last(run)
     reader = ShardReader(ShardIndex.load(shards))
-    subject = Subject.load(teacher, end)
+    subject = TrainedStage.load(teacher, end)
     pairs = single_turns(subject, reader, num_samples)
     start = untrained(subject, teacher, recipe.student.path, recipe.seed)
 
@@ -60,7 +61,7 @@ def analyse(
     }
     compared = {run.name if against is None else "with the regularizer": cosines(subject, pairs)}
     if against is not None:
-        other = Subject.load(teacher, _last(against))
+        other = TrainedStage.load(teacher, _last(against))
         compared["without"] = cosines(other, single_turns(other, reader, num_samples))
     own = own_losses(start, pairs)
 
@@ -136,7 +137,8 @@ def _named(text: str) -> tuple[str, Path, Path]:
     return name, Path(rest[0]), Path(rest[1])
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.analysis", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -148,16 +150,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=positive(int), default=128, help="conversations drawn")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    try:
-        result = analyse(
-            arguments.run, arguments.shards, arguments.out, arguments.against, arguments.samples
-        )
-        if arguments.predictions:
-            sure, profile = answers_in_numbers(arguments.predictions, arguments.shards)
-            result |= {"calibration": sure, "errors": profile}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = analyse(
+        arguments.run, arguments.shards, arguments.out, arguments.against, arguments.samples
+    )
+    if arguments.predictions:
+        sure, profile = answers_in_numbers(arguments.predictions, arguments.shards)
+        result |= {"calibration": sure, "errors": profile}
     (arguments.out / "analysis.json").write_text(json.dumps(result, indent=2) + "\n")
     write_page(result, FIGURES, arguments.out)
     for title, cosine in result["cosines"].items():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from genrecal_ds.analysis.probes import Subject
+from genrecal_ds.analysis.probes import TrainedStage
 from genrecal_ds.data.batch import IGNORE
 from genrecal_ds.data.pair import Pair
 from genrecal_ds.models.head import load_final_norm
@@ -24,7 +24,7 @@ from genrecal_ds.ops.head_loss import head_loss
 Points = dict[str, tuple[np.ndarray, np.ndarray]]  # {"before", "after"}: (student's, teacher's)
 
 
-def untrained(subject: Subject, teacher: Path, student: Path, seed: int) -> Subject:
+def untrained(subject: TrainedStage, teacher: Path, student: Path, seed: int) -> TrainedStage:
     """Load the pair as it is before stage 1: the student's first weights, a fresh Recalibrator."""
     torch.manual_seed(seed)
     vlm = load_vlm(student).eval()
@@ -37,16 +37,16 @@ def untrained(subject: Subject, teacher: Path, student: Path, seed: int) -> Subj
 
 
 @torch.no_grad()
-def boundary_points(subject: Subject, pairs: list[Pair]) -> Points:
+def boundary_points(subject: TrainedStage, pairs: list[Pair]) -> Points:
     """{"before": ([n, D], [n, D]), "after": ([n, H], [n, H])} of single-turn conversations."""
     batch = subject.batch(pairs, with_regular=True)
     assert batch.teacher is not None
-    packing, boundary_N = batch.teacher.packing, batch.teacher.boundary_N
+    layout, boundary_N = batch.teacher.layout, batch.teacher.boundary_N
     inputs_AH, _ = subject.teacher_rows(batch)
     hidden_BSD = subject.student_hidden(batch)
-    packed_PD = subject.recalibrator.proj_pre(hidden_BSD, inputs_AH, packing)
-    entering = packed_PD.index_select(0, packing.loss_rows)
-    leaving = subject.recalibrator(hidden_BSD, inputs_AH, packing)
+    packed_PD = subject.recalibrator.proj_pre(hidden_BSD, inputs_AH, layout)
+    entering = packed_PD.index_select(0, layout.loss_rows)
+    leaving = subject.recalibrator(hidden_BSD, inputs_AH, layout)
 
     def sides(rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         mixed, regular = (side[boundary_N].numpy() for side in rows.chunk(2))
@@ -56,7 +56,7 @@ def boundary_points(subject: Subject, pairs: list[Pair]) -> Points:
 
 
 @torch.no_grad()
-def own_losses(subject: Subject, pairs: list[Pair]) -> dict[str, float]:
+def own_losses(subject: TrainedStage, pairs: list[Pair]) -> dict[str, float]:
     """Each model's own CE of the answers, through its own head, in its own tokens."""
     batch = subject.batch(pairs)
     assert batch.teacher is not None

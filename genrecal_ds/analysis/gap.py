@@ -42,14 +42,14 @@ from genrecal_ds.recipe.stage_config import StageConfig
 CPU = torch.device("cpu")
 
 
-class Subject(NamedTuple):
+class ByteModels(NamedTuple):
     teacher: TeacherBody
     objective: ByteKD
     encoders: PairEncoders
     matcher: ByteMatcher
 
     @classmethod
-    def load(cls, teacher: Path, student: Path) -> "Subject":
+    def load(cls, teacher: Path, student: Path) -> "ByteModels":
         """Load both models whole, in fp32. Raises UserError for a tokenizer of unknown bytes."""
         ours, theirs = ChatEncoder(student, 1 << 20), ChatEncoder(teacher, 1 << 20)
         matcher = ByteMatcher(*(token_bytes(e.tokenizer, e.folder) for e in (theirs, ours)))
@@ -68,8 +68,8 @@ class Subject(NamedTuple):
 
 def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, float]:
     """Measure means over rows, and norms. samples: at least 2, of one turn each."""
-    subject = Subject.load(teacher, student)
-    encode = subject.encoders.encode
+    models = ByteModels.load(teacher, student)
+    encode = models.encoders.encode
     pairs = [encode(sample.messages, sample.images) for sample in samples]
     moved = [*samples[1:], samples[0]]
     wrong = [
@@ -78,38 +78,36 @@ def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, fl
     ]
     # The teacher reads its own question in both.
     exchanged = [replace(a, student=b.student) for a, b in zip(pairs, wrong, strict=True)]
-    true, shuffled = (subject.batch(of) for of in (pairs, exchanged))
+    true, shuffled = (models.batch(of) for of in (pairs, exchanged))
     assert true.teacher is not None
     with torch.no_grad():
         view = true.teacher
-        rows = TeacherRows(*subject.teacher(view.inputs, view.rows_A, view.targets_N))
-        found = _by_class("kl", true, *_kl(subject, true, rows))
-        found |= _by_class("kl_shuffled", shuffled, *_kl(subject, shuffled, rows))
-    return found | _gradient_norms(subject, true, rows)
+        rows = TeacherRows(*models.teacher(view.inputs, view.rows_A, view.targets_N))
+        found = _by_class("kl", true, *_kl(models, true, rows))
+        found |= _by_class("kl_shuffled", shuffled, *_kl(models, shuffled, rows))
+    return found | _gradient_norms(models, true, rows)
 
 
-def _rows(subject: Subject, batch: PairBatch) -> Tensor:
+def _rows(models: ByteModels, batch: PairBatch) -> Tensor:
     """[M, D]"""
-    hidden_BSD = subject.objective.student.body(*batch.student.inputs)
+    hidden_BSD = models.objective.student.body(*batch.student.inputs)
     return hidden_BSD.flatten(0, 1).index_select(0, batch.student.rows_M)
 
 
-def _kl(subject: Subject, batch: PairBatch, rows: TeacherRows) -> tuple[Tensor, Tensor]:
+def _kl(models: ByteModels, batch: PairBatch, rows: TeacherRows) -> tuple[Tensor, Tensor]:
     """(KL by row [M], which rows have one [M])"""
-    _, kl_M, is_taught_M = subject.objective.kd(_rows(subject, batch), batch, rows)
+    _, kl_M, is_taught_M = models.objective.kd(_rows(models, batch), batch, rows)
     return kl_M, is_taught_M
 
 
-def _gradient_norms(subject: Subject, batch: PairBatch, rows: TeacherRows) -> dict[str, float]:
+def _gradient_norms(models: ByteModels, batch: PairBatch, rows: TeacherRows) -> dict[str, float]:
     with torch.no_grad():
-        leaf_MD = _rows(subject, batch)
+        leaf_MD = _rows(models, batch)
     leaf_MD.requires_grad_()
-    kl_sum, _, _ = subject.objective.kd(leaf_MD, batch, rows)
+    kl_sum, _, _ = models.objective.kd(leaf_MD, batch, rows)
     (of_kl_MD,) = torch.autograd.grad(kl_sum, leaf_MD)
     ones_M = torch.ones(len(leaf_MD))
-    ce_sum, _ = subject.objective.student.head.cross_entropy(
-        leaf_MD, batch.student.labels_M, ones_M
-    )
+    ce_sum, _ = models.objective.student.head.cross_entropy(leaf_MD, batch.student.labels_M, ones_M)
     (of_ce_MD,) = torch.autograd.grad(ce_sum, leaf_MD)
     boundary_M = batch.student.boundary_M
     return {

@@ -14,6 +14,7 @@ Shapes: B conversations, S student length, D student width, H teacher width, N l
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from genrecal_ds.console.command import command
 from genrecal_ds.data.batch import IGNORE, PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairEncoders
@@ -38,7 +40,7 @@ NUM_COSINES = 10  # the paper's figure 7 is a 10 x 10 matrix
 
 
 @dataclass
-class Subject:
+class TrainedStage:
     """A teacher, a student and the Recalibrator between them, whole, in fp32."""
 
     teacher: TeacherBody
@@ -48,7 +50,7 @@ class Subject:
     encoders: PairEncoders
 
     @classmethod
-    def load(cls, teacher: Path, stage: Path) -> "Subject":
+    def load(cls, teacher: Path, stage: Path) -> "TrainedStage":
         facts = json.loads((stage / "recalibrator/recalibrator.json").read_text())
         student = load_vlm(stage / "student")
         width = read_config(teacher).get_text_config().hidden_size
@@ -80,11 +82,11 @@ class Subject:
 
 
 @torch.no_grad()
-def losses(subject: Subject, batch: PairBatch, hidden_BSD: Tensor) -> dict[str, float]:
+def losses(subject: TrainedStage, batch: PairBatch, hidden_BSD: Tensor) -> dict[str, float]:
     """Measure the mean CE and KL of the mixed pass on boundary rows and on other rows."""
     assert batch.teacher is not None
     inputs_AH, targets_NH = subject.teacher_rows(batch)
-    rows_NH = subject.recalibrator(hidden_BSD, inputs_AH, batch.teacher.packing)
+    rows_NH = subject.recalibrator(hidden_BSD, inputs_AH, batch.teacher.layout)
     out = head_loss(rows_NH[None], targets_NH, batch.teacher.labels_N, subject.head, [1.0], [1.0])
     valid_N = batch.teacher.labels_N != IGNORE
     boundary_N = batch.teacher.boundary_N & valid_N
@@ -96,12 +98,12 @@ def losses(subject: Subject, batch: PairBatch, hidden_BSD: Tensor) -> dict[str, 
     }
 
 
-def gradient_norms(subject: Subject, batch: PairBatch) -> dict[str, float]:
+def gradient_norms(subject: TrainedStage, batch: PairBatch) -> dict[str, float]:
     """Measure each term's gradient norm at the student's hidden states, for means as in a step."""
     assert batch.teacher is not None
     inputs_AH, targets_NH = subject.teacher_rows(batch)
     leaf_BSD = subject.student_hidden(batch).requires_grad_()
-    rows_NH = subject.recalibrator(leaf_BSD, inputs_AH, batch.teacher.packing)
+    rows_NH = subject.recalibrator(leaf_BSD, inputs_AH, batch.teacher.layout)
     norms = {}
     for rows, keep_N in (
         ("boundary", batch.teacher.boundary_N),
@@ -124,7 +126,7 @@ def gradient_norms(subject: Subject, batch: PairBatch) -> dict[str, float]:
 
 
 @torch.no_grad()
-def cosines(subject: Subject, pairs: list[Pair]) -> dict[str, Any]:
+def cosines(subject: TrainedStage, pairs: list[Pair]) -> dict[str, Any]:
     """Compare boundary rows of the mixed pass with those of the regular pass (paper figure 7).
 
     The conversations have different answers; the diagonal compares a conversation with itself.
@@ -140,7 +142,7 @@ def cosines(subject: Subject, pairs: list[Pair]) -> dict[str, Any]:
     batch = subject.batch(chosen, with_regular=True)
     assert batch.teacher is not None
     rows = subject.recalibrator(
-        subject.student_hidden(batch), subject.teacher_rows(batch)[0], batch.teacher.packing
+        subject.student_hidden(batch), subject.teacher_rows(batch)[0], batch.teacher.layout
     )
     mixed, regular = (normalize(side[batch.teacher.boundary_N], dim=-1) for side in rows.chunk(2))
     matrix = mixed @ regular.T
@@ -152,7 +154,7 @@ def cosines(subject: Subject, pairs: list[Pair]) -> dict[str, Any]:
     }
 
 
-def single_turns(subject: Subject, reader: ShardReader, num_samples: int) -> list[Pair]:
+def single_turns(subject: TrainedStage, reader: ShardReader, num_samples: int) -> list[Pair]:
     """Choose those of the first samples that have one turn. Raises UserError for too few."""
     samples = [reader.read(i) for i in range(min(num_samples, len(reader)))]
     pairs = [subject.encoders.encode(sample.messages, sample.images) for sample in samples]
@@ -167,7 +169,7 @@ def single_turns(subject: Subject, reader: ShardReader, num_samples: int) -> lis
 
 def probe(teacher: Path, stage: Path, shards: Path, num_samples: int = 128) -> dict[str, Any]:
     """Run all probes of one stage's result on the first single-turn samples of `shards`."""
-    subject = Subject.load(teacher, stage)
+    subject = TrainedStage.load(teacher, stage)
     pairs = single_turns(subject, ShardReader(ShardIndex.load(shards)), num_samples)
     # Another sample's question in front of this sample's answer: everything the student could
     # have known is wrong, the teacher's rows are right.
@@ -210,7 +212,8 @@ def facts(values: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.analysis.probes", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -220,14 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("shards", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
-    try:
-        result = {
-            stage.name: probe(arguments.teacher, stage, arguments.shards)
-            for stage in arguments.stage
-        }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = {
+        stage.name: probe(arguments.teacher, stage, arguments.shards) for stage in arguments.stage
+    }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     for name, values in result.items():
         print(name, json.dumps({k: v for k, v in values.items() if k != "cosine"}))

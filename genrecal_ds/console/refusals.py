@@ -19,7 +19,7 @@ OF_A_FOLDER = (
 )  # fmt: skip
 
 
-class Report:
+class Findings:
     """Prints sections as they come, and keeps the refusals for the end."""
 
     def __init__(self, console: Console):

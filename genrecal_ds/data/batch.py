@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.data.byte_matching import ByteMatcher
-from genrecal_ds.data.packed import Packing, pack
 from genrecal_ds.data.pair import EncodedChat, Pair
 from genrecal_ds.data.passes import mixed, regular
+from genrecal_ds.data.recalibrator_input import RecalibratorInput, lay_out
 
 IGNORE = -100  # label of rows that teach nothing
 
@@ -41,7 +41,7 @@ class TeacherBatch(NamedTuple):
     targets_N: Tensor  # int64, flat in [B*T]: the teacher's own rows z that predict the labels
     labels_N: Tensor  # int64 in the teacher's vocabulary, IGNORE for placeholders
     boundary_N: Tensor  # bool: the first loss row of a turn
-    packing: Packing  # of the passes: mixed (q student's, a teacher's), then regular
+    layout: RecalibratorInput  # of the passes: mixed (q student's, a teacher's), then regular
 
 
 class StudentBatch(NamedTuple):
@@ -203,8 +203,8 @@ def _teacher_batch(
     sequences = mixed(pairs, student_width)
     if with_regular:
         sequences += regular(views, num_answers=sum(map(len, answer_rows)))
-    packing = pack(sequences, len(pairs) * student_width, len(rows_A))
-    return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, packing)
+    layout = lay_out(sequences, len(pairs) * student_width, len(rows_A))
+    return TeacherBatch(inputs, _tensor(rows_A), targets, labels, boundary, layout)
 
 
 def _shared_bytes(pairs: list[Pair], matcher: ByteMatcher) -> SharedBytes:

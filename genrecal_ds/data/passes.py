@@ -3,14 +3,14 @@
     mixed      q of the student, a of the teacher
     regular    q and a of the teacher                   the regulariser of Algorithm 2
 
-A pass is a list of conversations, each a list of turns, as packed.pack takes them. Student row i of
-the padded [B*S] is written i, teacher row j of the A used ones -j - 1.
+A pass is a list of conversations, each a list of turns; recalibrator_input.lay_out takes them.
+Student row i of the padded [B*S] is written i, teacher row j of the A used ones -j - 1.
 """
 
 import numpy as np
 
-from genrecal_ds.data.packed import TurnRows
 from genrecal_ds.data.pair import EncodedChat, Pair
+from genrecal_ds.data.recalibrator_input import TurnRows
 
 
 def mixed(pairs: list[Pair], student_width: int) -> list[list[TurnRows]]:

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.evaluate.metrics import METRICS, metric_of, named, scores_by_kind
 
@@ -167,7 +168,8 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.evaluate", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -190,16 +192,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    try:
-        result = evaluate(
-            arguments.model, arguments.shards, arguments.out, limit=arguments.limit,
-            batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
-            metric=arguments.metric, instruction=arguments.instruction,
-            final_after=arguments.final_after,
-        )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = evaluate(
+        arguments.model, arguments.shards, arguments.out, limit=arguments.limit,
+        batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens,
+        metric=arguments.metric, instruction=arguments.instruction,
+        final_after=arguments.final_after,
+    )  # fmt: skip
     for kind, s in result["scores"].items() if os.environ.get("RANK", "0") == "0" else ():
         print(f"{kind:<16} {s['score']:.3f}  [{s['low']:.3f}, {s['high']:.3f}]  n={s['n']}")
     from genrecal_ds import dist

@@ -13,13 +13,14 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
 
+from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
@@ -129,7 +130,8 @@ def score_of(kind: str, prediction: str, answers: list[str]) -> float:
     return float(METRICS[metric](prediction, answers))
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.evaluate.lmms_tasks", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -139,13 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", required=True, help="the task will be called genrecal_NAME")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     arguments = parser.parse_args(argv)
-    try:
-        count = write_task(
-            arguments.shards, arguments.out, arguments.name, arguments.max_new_tokens
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    count = write_task(arguments.shards, arguments.out, arguments.name, arguments.max_new_tokens)
     print(f"{arguments.out / f'genrecal_{arguments.name}.yaml'}: {count} samples")
     return 0
 

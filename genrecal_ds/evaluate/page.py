@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from genrecal_ds.console.command import command
 from genrecal_ds.console.page import html_page, picture
 from genrecal_ds.console.text import printable, printable_lines
 from genrecal_ds.data.index import ShardIndex
@@ -101,6 +102,7 @@ def _card(
     }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.evaluate.page", description=__doc__,
@@ -111,11 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--most", type=int, default=200, help="samples on the page")
     arguments = parser.parse_args(argv)
-    try:
-        text = page(arguments.shards, arguments.results, arguments.most)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    text = page(arguments.shards, arguments.results, arguments.most)
     arguments.out.write_text(text)
     print(arguments.out)
     return 0

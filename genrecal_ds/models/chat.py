@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from PIL.Image import new as new_image
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -21,7 +20,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from genrecal_ds.data.pair import EncodedChat, Messages, Unusable
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.offsets import SlowOffsets
 from genrecal_ds.models.processors import backend, load_processor
 from genrecal_ds.models.tokenizer_files import check_embedding
 from genrecal_ds.models.vlm import read_config
@@ -51,7 +49,6 @@ class ChatEncoder:
         # Molmo2 embeds the tokens of its pictures behind those that its head knows.
         num_rows = text.vocab_size + getattr(text, "additional_vocab_size", 0)
         check_embedding(self.folder, self.tokenizer, num_rows)
-        self.slow_offsets = None if self.tokenizer.is_fast else SlowOffsets(self.tokenizer)
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
         visual = getattr(config, "vision_config", None)
         own = getattr(visual, "image_token_id", None)  # Phi-4-multimodal has it there
@@ -64,8 +61,6 @@ class ChatEncoder:
         self.end_of_turn: int | None = None
         self.stops: set[int] = set()  # what generate ends at, the end of turn among them
         self.end_of_turn = self._find_end_of_turn()
-        if self.slow_offsets is not None:
-            self._try_slow_offsets()
 
     def encode(self, messages: Messages, images: list[Image]) -> EncodedChat:
         """Ids, spans and vision inputs. Raises Unusable with a reason for an unusable sample."""
@@ -76,13 +71,9 @@ class ChatEncoder:
         text, starts = self._render(messages)
         encoding = self._tokenize(text, images)
         ids = encoding["input_ids"][0]
-        expansion = _Expansion(encoding.get("text_replacement_offsets"))
-        if self.slow_offsets is None:
-            offsets = encoding["offset_mapping"][0]
-        else:
-            spans = self.slow_offsets.spans(expansion.text(text), ids.tolist())
-            offsets = torch.tensor(spans).reshape(-1, 2)
-        answers = [self._span(ids, offsets, expansion.char(start)) for start in starts]
+        offsets = encoding["offset_mapping"][0]
+        replaced = encoding.get("text_replacement_offsets")
+        answers = [self._span(ids, offsets, _expanded(start, replaced)) for start in starts]
         if any(a[1] > b[0] for a, b in zip(answers, answers[1:], strict=False)):
             raise Unusable("an answer has no end-of-turn of its own")
         per_token = {key: encoding[key][0] for key in self.per_token}
@@ -118,12 +109,10 @@ class ChatEncoder:
         return {key: encoding[key] for key in keys if key in encoding}
 
     def _tokenize(self, text: str, images: list[Image]):
-        # A slow tokenizer hands the option on to its own code, which need not know it.
-        asked = {} if self.slow_offsets is not None else {"return_offsets_mapping": True}
         return self.processor(
             text=[text],
             images=images or None,
-            **asked,
+            return_offsets_mapping=True,
             return_text_replacement_offsets=True,
             return_mm_token_type_ids=bool(self.per_token),
             add_special_tokens=False,  # the template writes them
@@ -217,19 +206,6 @@ class ChatEncoder:
             f"{sorted(stops)}); set eos_token_id in generation_config.json to the token it writes"
         )
 
-    def _try_slow_offsets(self) -> None:
-        """Refuse what no sample could be encoded with: a processor that needs a fast tokenizer."""
-        chat = [_message("user", "x"), _message("assistant", "xyz")]
-        images = [new_image("RGB", (64, 64))] if self.reads_images else []
-        chat[0]["content"] += [{"type": "image"} for _ in images]
-        try:
-            self.encode(chat, images)
-        except ValueError as error:
-            raise UserError(
-                f"{self.folder}: its slow tokenizer gives no exact character offsets ({error}); "
-                "save a fast one (tokenizer.json) in the folder"
-            ) from None
-
 
 def digest_folder(folder: Path) -> str:
     """sha256 hex over the files of a model folder that decide tokens: all but its weights."""
@@ -241,28 +217,14 @@ def digest_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class _Expansion:
-    """Maps a text to what a processor made of it: placeholders in place of pictures."""
-
-    def __init__(self, replacements: Any):
-        # A text-only chat has none: None, or an empty list or tensor, depending on the family.
-        self._replaced = replacements[0] if replacements is not None and len(replacements) else []
-
-    def char(self, char: int) -> int:
-        """The place of a character in the processor's text."""
-        gained = 0
-        for replaced in self._replaced:
-            if replaced["span"][1] <= char:
-                gained = replaced["new_span"][1] - replaced["span"][1]
-        return char + gained
-
-    def text(self, text: str) -> str:
-        parts, last = [], 0
-        for replaced in self._replaced:
-            start, end = replaced["span"]
-            parts += [text[last:start], replaced["replacement"]]
-            last = end
-        return "".join([*parts, text[last:]])
+def _expanded(char: int, replacements: Any) -> int:
+    """Move a character's place by what a processor put in place of pictures before it."""
+    gained = 0
+    # A text-only chat has none: None, or an empty list or tensor, depending on the family.
+    for replaced in replacements[0] if replacements is not None and len(replacements) else []:
+        if replaced["span"][1] <= char:
+            gained = replaced["new_span"][1] - replaced["span"][1]
+    return char + gained
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class FrozenHead:
     @torch.no_grad()
     def logits(self, rows_nH: Tensor) -> Tensor:
         """[n, V] in fp32; for a few rows at a time, and for baselines."""
-        weight, bias, scale, softcap, _ = self.head
+        weight, bias, scale, softcap = self.head
         out_nV = rows_nH.new_empty(len(rows_nH), len(weight), dtype=wide(rows_nH))
         project_(out_nV, rows_nH, weight)
         out_nV = out_nV if bias is None else out_nV + bias

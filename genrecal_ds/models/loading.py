@@ -76,7 +76,7 @@ class Checkpoint:
             return part[first:last].reshape(-1)[start - first * row : stop - first * row]
 
 
-class Run(NamedTuple):
+class FlatRun(NamedTuple):
     """Elements [first, first + size) of a stored tensor, flattened."""
 
     stored: str
@@ -87,7 +87,7 @@ class Run(NamedTuple):
 class Source:
     """Where a parameter's values lie: runs of stored tensors, one behind the other."""
 
-    def __init__(self, checkpoint: Checkpoint, shape: tuple[int, ...], runs: list[Run]):
+    def __init__(self, checkpoint: Checkpoint, shape: tuple[int, ...], runs: list[FlatRun]):
         self.checkpoint, self.shape, self.runs = checkpoint, shape, runs
 
     def flat_range(self, start: int, stop: int) -> Tensor:
@@ -166,7 +166,7 @@ def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]
             )
         shape = checkpoint.shape(stored)
         if pattern is None:
-            sources[name] = Source(checkpoint, shape, [Run(stored, 0, math.prod(shape))])
+            sources[name] = Source(checkpoint, shape, [FlatRun(stored, 0, math.prod(shape))])
         else:
             # One conversion object per parameter, as transformers itself does on load.
             conversion = conversions.setdefault(name, copy.deepcopy(by_pattern[pattern]))
@@ -196,7 +196,7 @@ def _followed(checkpoint: Checkpoint, names: list[str], name: str, rows: Tensor)
         shape = checkpoint.shape(names[number])
         width = 1 if len(shape) == 1 else shape[-1]
         widths.add(width)
-        runs.append(Run(names[number], first * width, (stop - start) * width))
+        runs.append(FlatRun(names[number], first * width, (stop - start) * width))
     is_moved = not rows.is_floating_point() and len(widths) == 1
     if not is_moved or (rows.ndim > 1 and rows.shape[-1] != 1):
         raise UserError(

@@ -14,7 +14,7 @@ rows in 10 this saves 44 % of a two-block Recalibrator. It is exact, not an appr
 import torch
 from torch import Tensor, nn
 
-from genrecal_ds.data.packed import Packing
+from genrecal_ds.data.recalibrator_input import RecalibratorInput
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend, Spans, attend
 
@@ -35,12 +35,12 @@ def check_family(model_type: str) -> None:
 
 
 def packed_forward(
-    decoder: nn.Module, hidden_PD: Tensor, position_ids_P: Tensor, packing: Packing,
+    decoder: nn.Module, hidden_PD: Tensor, position_ids_P: Tensor, layout: RecalibratorInput,
     loss_rows: Tensor, backend: Backend,
 ) -> Tensor:  # fmt: skip
     """rows [N, D] of the last block's output at loss_rows; see the module's docstring."""
     cos_PE, sin_PE = rotary(decoder.rotary_emb, position_ids_P, hidden_PD.dtype)
-    cu, longest = packing.cu_seqlens, packing.max_seqlen
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
     everything = Spans(cu, cu, longest, longest)
     *layers, last = decoder.layers
     for layer in layers:
@@ -50,7 +50,7 @@ def packed_forward(
         mixed_PhE = attend(q_PhE, k_PgE, v_PgE, everything, layer.self_attn.scaling, backend)
         hidden_PD = _finish(layer, hidden_PD, mixed_PhE)
 
-    turns = packing.turns
+    turns = layout.turns
     normed_PD = last.input_layernorm(hidden_PD)
     k_PgE, v_PgE = _keys_values(last.self_attn, normed_PD, cos_PE, sin_PE)
     normed_ND, cos_NE, sin_NE = (t.index_select(0, loss_rows) for t in (normed_PD, cos_PE, sin_PE))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
-from genrecal_ds.data.packed import Packing
+from genrecal_ds.data.recalibrator_input import RecalibratorInput
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend
 from genrecal_ds.models.packed_blocks import MODEL_TYPES, check_family, packed_forward
@@ -37,10 +37,10 @@ class TokenAlign(nn.Module):
         self.weight = nn.Parameter(torch.empty(student_width, teacher_width, dtype=dtype))
 
     def forward(
-        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, packing: Packing
+        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, layout: RecalibratorInput
     ) -> Tensor:
         return token_align(
-            student_hidden_BSD, teacher_rows_AH, self.weight, packing.source_P, packing.uses_RU
+            student_hidden_BSD, teacher_rows_AH, self.weight, layout.source_P, layout.uses_RU
         )
 
 
@@ -91,34 +91,34 @@ class Recalibrator(nn.Module):
                 self.norm.weight.copy_(teacher_norm_H)
 
     def forward(
-        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, packing: Packing
+        self, student_hidden_BSD: Tensor, teacher_rows_AH: Tensor, layout: RecalibratorInput
     ) -> Tensor:
-        """Return rows [N, H] for packing.loss_rows, ready for the teacher's head.
+        """Return rows [N, H] for layout.loss_rows, ready for the teacher's head.
 
         Proj-post and the norm run on the loss rows only; no other row is read.
         """
-        packed_PD = self.proj_pre(student_hidden_BSD, teacher_rows_AH, packing)
+        packed_PD = self.proj_pre(student_hidden_BSD, teacher_rows_AH, layout)
         is_new = self.positions == "new"
-        position_ids_P = packing.position_ids_P if is_new else packing.own_position_ids_P
+        position_ids_P = layout.position_ids_P if is_new else layout.own_position_ids_P
         if self.packed_attention is None:
-            rows_ND = self._transformers_blocks(packed_PD, packing, position_ids_P)
+            rows_ND = self._transformers_blocks(packed_PD, layout, position_ids_P)
         else:
             rows_ND = packed_forward(
-                self.blocks, packed_PD, position_ids_P, packing, packing.loss_rows,
+                self.blocks, packed_PD, position_ids_P, layout, layout.loss_rows,
                 self.packed_attention,
             )  # fmt: skip
         return self.norm(self.proj_post(rows_ND))
 
     def _transformers_blocks(
-        self, packed_PD: Tensor, packing: Packing, position_ids_P: Tensor
+        self, packed_PD: Tensor, layout: RecalibratorInput, position_ids_P: Tensor
     ) -> Tensor:
         """Run the family's own decoder over sequences right-padded to the longest.
 
         No padding mask is needed: under a causal mask no real row attends to the padding behind it.
         One row of all sequences under a block mask took 1.5 to 2.4 times as long.
         """
-        num_sequences, longest = packing.num_sequences, packing.max_seqlen
-        slot_P = packing.sequence_P * longest + packing.position_ids_P
+        num_sequences, longest = layout.num_sequences, layout.max_seqlen
+        slot_P = layout.sequence_P * longest + layout.position_ids_P
         flat = packed_PD.new_zeros(num_sequences * longest, packed_PD.shape[-1])
         padded_CLD = flat.index_copy(0, slot_P, packed_PD).unflatten(0, (-1, longest))
         position_ids_CL = torch.arange(longest, device=packed_PD.device).expand(num_sequences, -1)
@@ -134,7 +134,7 @@ class Recalibrator(nn.Module):
             attention_mask=mask_CL,
             use_cache=False,
         ).last_hidden_state
-        return hidden_CLD.flatten(0, 1).index_select(0, slot_P[packing.loss_rows])
+        return hidden_CLD.flatten(0, 1).index_select(0, slot_P[layout.loss_rows])
 
 
 def unfilled(

@@ -1,22 +1,44 @@
 """Finds the bytes that each token of a vocabulary stands for, or refuses the vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.offsets import SPELLINGS, Piece, Spelling, as_sentencepiece
 from genrecal_ds.ops.next_byte import END, STOP, ByteVocabulary
 
+Spelling = Callable[[str], bytes | None]
+
+SPACE = "\u2581"  # sentencepiece's
+_GPT2_BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 MOST_BYTES = 32  # of a token; boundaries further inside one are left out
 
 # Plain text that every tokenizer writes as it is, but for a blank in front: normalised, lower case.
 PROBES = (
     "3 plus 8 is eleven", "a  b, it's 2024\n", "na\u00efve caf\u00e9", "\u4e2d\u6587 \U0001f600"
 )  # fmt: skip
+
+
+def _as_gpt2(piece: str) -> bytes | None:
+    """Read bytes written as printable characters."""
+    if not all(char in _GPT2_BYTES for char in piece):
+        return None
+    return bytes(_GPT2_BYTES[char] for char in piece)
+
+
+def _as_sentencepiece(piece: str) -> bytes:
+    """Read a mark as a blank, and <0xE4> as a byte."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE, " ").encode()
+
+
+# The ways in which tokenizers write bytes as pieces.
+SPELLINGS: tuple[Spelling, ...] = (str.encode, _as_gpt2, _as_sentencepiece)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes | None]:
@@ -33,7 +55,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes 
         if token in added:
             is_text = not added[token].special and token not in special
             # Runs of blanks among sentencepiece's added tokens are written with its mark, too.
-            written = spell if spell is as_sentencepiece else str.encode
+            written = spell if spell is _as_sentencepiece else str.encode
             found[token] = written(str(added[token])) if is_text else None
         elif token not in special:
             found[token] = spell(piece)
@@ -41,8 +63,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes 
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Spelling:
-    """Find the spelling by which pieces give back every probe whose characters are known."""
-    for spelling, _ in SPELLINGS:
+    """Find the way in which pieces spell every probe that the vocabulary has the characters for."""
+    for spelling in SPELLINGS:
         said = [_spells(tokenizer, spelling, probe) for probe in PROBES]
         if True in said and False not in said:
             return spelling
@@ -57,7 +79,7 @@ def _spells(tokenizer: PreTrainedTokenizerBase, spelling: Spelling, text: str) -
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.unk_token_id in ids:
         return None
-    pieces: list[Piece] = tokenizer.convert_ids_to_tokens(ids)
+    pieces: list[str] = tokenizer.convert_ids_to_tokens(ids)
     words = [spelling(piece) for piece in pieces]
     if any(word is None for word in words):
         return False

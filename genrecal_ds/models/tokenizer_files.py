@@ -37,15 +37,19 @@ def is_plain(folder: Path) -> bool:
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where the tokenizer splits text in another way than its file says."""
+    """Raises UserError where the tokenizer does not do what its file says, or has no offsets."""
     ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     if not set(ids) - {tokenizer.unk_token_id}:
         raise UserError(
             f"{folder}: no file of a vocabulary that {_name(tokenizer)} reads; copy tokenizer.json "
             "from the model's release"
         )
-    if not tokenizer.is_fast:  # it runs the release's own file, or its own code
-        return
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{folder}: {_name(tokenizer)} gives no character offsets, and answers are found by "
+            "them; set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast or "
+            "LlamaTokenizer, which do (docs/models.md, Tokenizers)"
+        )
     path = folder / "tokenizer.json"
     if path.is_file():
         written = Tokenizer.from_file(str(path))

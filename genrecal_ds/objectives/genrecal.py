@@ -13,7 +13,7 @@ from genrecal_ds.data.batch import IGNORE, PairBatch, TeacherBatch
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.objectives.base import Ingredients, Objective, TeacherRows, Totals
-from genrecal_ds.objectives.probes import probe_gradients, probe_questions
+from genrecal_ds.objectives.probes import Recalibration, probe_gradients, probe_questions
 from genrecal_ds.objectives.report import Report
 
 
@@ -51,7 +51,7 @@ class GenRecal(Objective):
         self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows
     ) -> Tensor:
         """[K, N, H]: the Recalibrator's loss rows of every pass."""
-        rows = self.recalibrator(hidden_BSD, teacher_rows.inputs_AH, teacher.packing)
+        rows = self.recalibrator(hidden_BSD, teacher_rows.inputs_AH, teacher.layout)
         return rows.unflatten(0, (-1, teacher.labels_N.shape[0]))
 
     def labels(self, teacher: TeacherBatch) -> Tensor:
@@ -68,10 +68,18 @@ class GenRecal(Objective):
         totals: Totals,
         report: Report,
     ) -> None:
-        assert batch.teacher is not None
-        probe_questions(self, hidden_BSD, batch.teacher, teacher_rows, report)
+        teacher, student = batch.teacher, batch.student
+        assert teacher is not None
+        labels_N = self.labels(teacher)
+        of = Recalibration(self.recalibrator, self.teacher_head, teacher, teacher_rows, labels_N)
+        probe_questions(of, hidden_BSD, report)
         if self.trains_student:
-            probe_gradients(self, hidden_BSD, batch, teacher_rows, totals, report)
+
+            def own_ce(hidden_BSD: Tensor) -> Tensor:
+                return self.student_ce(hidden_BSD, student)[0]
+
+            weighted = own_ce if self.losses.student_ce else None
+            probe_gradients(of, weighted, hidden_BSD, totals, report)
 
     def _head_terms(
         self,

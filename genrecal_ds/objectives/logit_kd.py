@@ -1,15 +1,25 @@
-"""Logit distillation between models that share a tokenizer: forward, reverse or skewed KL, JSD.
+"""Logit distillation between models that share a tokenizer, over the whole vocabulary.
 
-Forward KL is the classic (Hinton et al., arXiv 1503.02531), reverse KL MiniLLM's direction, skewed
-KL DistiLLM's (arXiv 2402.03898), JSD GKD's (arXiv 2306.13649); see ops/head_loss/contract.py.
+With p the teacher's distribution and q the student's, both softmax(logits / temperature):
+
+    forward_kl  KL(p || q)                                 Hinton et al., arXiv 1503.02531
+    reverse_kl  KL(q || p)                                 MiniLLM's direction
+    skew_kl     KL(p || mix p + (1 - mix) q)               DistiLLM, arXiv 2402.03898
+    jsd         mix KL(p || m) + (1 - mix) KL(q || m),     GKD, arXiv 2306.13649
+                m = mix p + (1 - mix) q
+
+No temperature**2 is put in front.
+
+Shapes: n rows, V student vocabulary, W teacher vocabulary.
 """
 
+import math
+
+import torch
 from torch import Tensor
 
 from genrecal_ds.objectives.base import Ingredients
 from genrecal_ds.objectives.student_kd import Distance, TokenKD
-from genrecal_ds.ops.head_loss.contract import Divergence
-from genrecal_ds.ops.head_loss.reference import divergence_of
 from genrecal_ds.recipe.stage_config import LossConfig
 
 
@@ -19,12 +29,27 @@ def build(parts: Ingredients) -> TokenKD:
 
 
 def divergence(losses: LossConfig, vocabulary: int) -> Distance:
-    """Over the tokens that exist: heads of one tokenizer may be padded differently."""
-    chosen = Divergence(losses.divergence, losses.divergence_mix)
+    """The recipe's choice, over the tokens that exist: heads of one tokenizer may be padded
+    differently."""
 
     def distance(logits_nV: Tensor, teacher_nW: Tensor) -> Tensor:
-        """[n], of softmax(logits / temperature)."""
-        shared = [logits[:, :vocabulary] for logits in (teacher_nW, logits_nV)]
-        return divergence_of(*shared, chosen, losses.temperature)
+        """[n]."""
+        log_p, log_q = (
+            (logits[:, :vocabulary] / losses.temperature).log_softmax(-1)
+            for logits in (teacher_nW, logits_nV)
+        )
+        if losses.divergence == "forward_kl":
+            return _kl(log_p, log_q)
+        if losses.divergence == "reverse_kl":
+            return _kl(log_q, log_p)
+        mix = losses.divergence_mix
+        log_m = torch.logaddexp(log_p + math.log(mix), log_q + math.log(1 - mix))
+        if losses.divergence == "skew_kl":
+            return _kl(log_p, log_m)
+        return mix * _kl(log_p, log_m) + (1 - mix) * _kl(log_q, log_m)
 
     return distance
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)

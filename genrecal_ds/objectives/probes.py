@@ -9,71 +9,82 @@ M student loss rows, K passes, P rows of the Recalibrator's input.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.batch import IGNORE, PairBatch, StudentBatch, TeacherBatch
+from genrecal_ds.data.batch import IGNORE, StudentBatch, TeacherBatch
+from genrecal_ds.data.recalibrator_input import RecalibratorInput
+from genrecal_ds.models.head import FrozenHead
+from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import LanguageHead
 from genrecal_ds.objectives.base import TeacherRows, Totals
 from genrecal_ds.objectives.report import Report
+from genrecal_ds.ops.head_loss import HeadLoss
 
-if TYPE_CHECKING:  # genrecal.py calls the probes
-    from genrecal_ds.objectives.genrecal import GenRecal
+
+class Recalibration(NamedTuple):
+    """The teacher's side of a micro-batch, as the mixed pass reads it."""
+
+    recalibrator: Recalibrator
+    head: FrozenHead
+    teacher: TeacherBatch
+    rows: TeacherRows
+    labels_N: Tensor
+
+    def mixed(self, hidden_BSD: Tensor, layout: RecalibratorInput) -> Tensor:
+        """[1, N, H]: the mixed pass's loss rows."""
+        rows = self.recalibrator(hidden_BSD, self.rows.inputs_AH, layout)
+        return rows[: len(self.labels_N)][None]
+
+    def loss(
+        self, rows_1NH: Tensor, labels_N: Tensor, ce_weight: float, kl_weight: float
+    ) -> HeadLoss:
+        targets_NH = self.rows.targets_NH
+        return self.head.loss(rows_1NH, targets_NH, labels_N, [ce_weight], [kl_weight])
 
 
 @torch.no_grad()
-def probe_questions(
-    objective: "GenRecal",
-    hidden_BSD: Tensor,
-    teacher: TeacherBatch,
-    teacher_rows: TeacherRows,
-    report: Report,
-) -> None:
+def probe_questions(of: Recalibration, hidden_BSD: Tensor, report: Report) -> None:
     """L_ar and L_kl of the mixed pass with another sample's question states, and with none."""
-    labels_N, packing = objective.labels(teacher), teacher.packing
-    exchanged = packing._replace(source_P=exchanged_questions(teacher, hidden_BSD.shape[1]))
+    teacher, labels_N = of.teacher, of.labels_N
+    exchanged_P = exchanged_questions(teacher, hidden_BSD.shape[1])
     is_alone = len(hidden_BSD) == 1  # no other sample to exchange with
-    for name, hidden, of in (
-        ("shuffled", hidden_BSD, exchanged),
-        ("zeroed", torch.zeros_like(hidden_BSD), packing),
+    for name, hidden, layout in (
+        ("shuffled", hidden_BSD, teacher.layout._replace(source_P=exchanged_P)),
+        ("zeroed", torch.zeros_like(hidden_BSD), teacher.layout),
     ):
-        rows_NH = objective.recalibrator(hidden, teacher_rows.inputs_AH, of)[: len(labels_N)]
-        out = objective.teacher_head.loss(
-            rows_NH[None], teacher_rows.targets_NH, labels_N, [1.0], [1.0]
-        )
+        out = of.loss(of.mixed(hidden, layout), labels_N, 1.0, 1.0)
         valid_N = (labels_N != IGNORE) & (not (is_alone and name == "shuffled"))
         for term, values_N in (("ar", out.ce_KN[0]), ("kl", out.kl_KN[0])):
             report.add_rows(f"probe/{term}_{name}", values_N, teacher.boundary_N, valid_N)
 
 
 def probe_gradients(
-    objective: "GenRecal",
+    of: Recalibration,
+    student_ce: Callable[[Tensor], Tensor] | None,
     hidden_BSD: Tensor,
-    batch: PairBatch,
-    teacher_rows: TeacherRows,
     totals: Totals,
     report: Report,
 ) -> None:
-    """Norm of each term's gradient at the student's hidden states, boundary rows apart."""
-    teacher = batch.teacher
-    assert teacher is not None
-    boundary_N, labels_N = teacher.boundary_N, objective.labels(teacher)
+    """Norm of each term's gradient at the student's hidden states, boundary rows apart.
+
+    student_ce: the student's own cross entropy of hidden states, summed; None where it has no
+    weight, so that it is measured without a gradient.
+    """
+    boundary_N, labels_N = of.teacher.boundary_N, of.labels_N
     with torch.enable_grad():
         leaf_BSD = hidden_BSD.detach().requires_grad_()
-        rows_KNH = objective.recalibrate(leaf_BSD, teacher, teacher_rows)[:1]
-        for name, weights in (("ar", ([1.0], [0.0])), ("kl", ([0.0], [1.0]))):
+        rows_1NH = of.mixed(leaf_BSD, of.teacher.layout)
+        for name, weights in (("ar", (1.0, 0.0)), ("kl", (0.0, 1.0))):
             for rows, keep_N in (("boundary", boundary_N), ("other", ~boundary_N)):
-                term = objective.teacher_head.loss(
-                    rows_KNH, teacher_rows.targets_NH, labels_N.where(keep_N, IGNORE), *weights
-                ).loss_sum
+                term = of.loss(rows_1NH, labels_N.where(keep_N, IGNORE), *weights).loss_sum
                 (gradient,) = torch.autograd.grad(term, leaf_BSD, retain_graph=True)
                 report.norms[f"gradient/{name}_{rows}"] = _square(gradient, totals.teacher_rows)
         square = leaf_BSD.new_zeros((), dtype=torch.float32)
-        if objective.losses.student_ce:  # else it is measured without a gradient
-            ce_sum, _ = objective.student_ce(leaf_BSD, batch.student)
-            (gradient,) = torch.autograd.grad(ce_sum, leaf_BSD)
+        if student_ce:
+            (gradient,) = torch.autograd.grad(student_ce(leaf_BSD), leaf_BSD)
             square = _square(gradient, totals.student_rows)
         report.norms["gradient/student_ce"] = square
 
@@ -108,16 +119,16 @@ def _square(gradient: Tensor, total: float) -> Tensor:
 
 
 def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
-    """packing.source_P with the mixed pass's question states taken from the next sample's turn.
+    """layout.source_P with the mixed pass's question states taken from the next sample's turn.
 
     Rows are counted back from a question's last one, so that boundary rows meet boundary rows.
     Where the other question is shorter, its first row is taken again.
     """
-    packing = teacher.packing
+    layout = teacher.layout
     num_rows = len(teacher.boundary_N)  # of one pass
-    ends = packing.loss_rows[:num_rows][teacher.boundary_N]  # last question row of each turn
-    source_P = packing.source_P.long()
-    sequence_of_turn = packing.sequence_P[ends]
+    ends = layout.loss_rows[:num_rows][teacher.boundary_N]  # last question row of each turn
+    source_P = layout.source_P.long()
+    sequence_of_turn = layout.sequence_P[ends]
     num_mixed = int(sequence_of_turn[-1]) + 1
     following = (sequence_of_turn + 1) % num_mixed
     first_turn_of = torch.searchsorted(sequence_of_turn, following)
@@ -129,4 +140,4 @@ def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
     first_P = torch.div(other_P, student_length, rounding_mode="floor") * student_length
     moved_P = torch.maximum(other_P - back_P, first_P)
     # Only questions of the mixed pass come from the student.
-    return torch.where(source_P >= 0, moved_P, source_P).to(packing.source_P.dtype)
+    return torch.where(source_P >= 0, moved_P, source_P).to(layout.source_P.dtype)

@@ -30,31 +30,6 @@ def project_(out_nV: Tensor, rows_nH: Tensor, weight_VH: Tensor) -> None:
             out_nV[:, columns] = rows @ weight_VH[columns].to(out_nV.dtype).t()
 
 
-def weighted_rows(factors_nV: Tensor, weight_VH: Tensor) -> Tensor:
-    """factors @ weight [n, H], accumulated and kept in fp32 (fp64 stays fp64)."""
-    kept = wide(weight_VH)
-    if weight_VH.dtype == factors_nV.dtype == kept:
-        return factors_nV @ weight_VH
-    if weight_VH.is_cuda:
-        return torch.mm(factors_nV, weight_VH, out_dtype=kept)
-    sums_nH = factors_nV.new_zeros(len(factors_nV), weight_VH.shape[1], dtype=kept)
-    for start in range(0, weight_VH.shape[0], CPU_COLUMN_BLOCK):
-        columns = slice(start, start + CPU_COLUMN_BLOCK)
-        factors = factors_nV[:, columns].to(kept)
-        torch.addmm(sums_nH, factors, weight_VH[columns].to(kept), out=sums_nH)
-    return sums_nH
-
-
-def mean_of_rows(probabilities_nV: Tensor, weight_VH: Tensor) -> Tensor:
-    """probabilities @ weight [n, H] with the probabilities unrounded, also for a bf16 head."""
-    if weight_VH.dtype == probabilities_nV.dtype or not weight_VH.is_cuda:
-        return weighted_rows(probabilities_nV, weight_VH)
-    # Two bf16 pieces hold 16 bits of an fp32 number: its rounding is no longer seen.
-    high_nV = probabilities_nV.to(weight_VH.dtype)
-    low_nV = (probabilities_nV - high_nV).to(weight_VH.dtype)
-    return weighted_rows(high_nV, weight_VH).add_(weighted_rows(low_nV, weight_VH))
-
-
 def add_product_(sum_VH: Tensor, left_nV: Tensor, right_nH: Tensor) -> None:
     """sum += left.T @ right, added in sum's dtype: a bf16 sum of many chunks loses small ones."""
     if left_nV.dtype == sum_VH.dtype:

@@ -45,7 +45,7 @@ def linear_cross_entropy(
     expect("row_weights_N", row_weights_N, (rows,), rows_ND, None)
     if head.bias_V is not None:
         expect("head.bias_V", head.bias_V, (head.weight_VH.shape[0],), rows_ND)
-    check_labels(labels_N, head.valid_vocab or head.weight_VH.shape[0])
+    check_labels(labels_N, head.weight_VH.shape[0])
     return _LinearCrossEntropy.apply(
         rows_ND, head.weight_VH, head.bias_V, labels_N, row_weights_N, head,
         chosen(impl, rows_ND), torch.is_grad_enabled(),
@@ -58,26 +58,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx, rows_ND, weight_VD, bias_V, labels_N, row_weights_N, head, implementation, has_grad
     ):
         # The head comes again for its numbers; its tensors are the inputs that autograd knows.
-        head = head._replace(weight_VH=weight_VD, bias_V=bias_V).without_padding()
-        weight, epilogue = head.weight_VH, epilogue_of(implementation)
+        head = head._replace(weight_VH=weight_VD, bias_V=bias_V)
+        epilogue = epilogue_of(implementation)
         # needs_input_grad does not know of no_grad, and in here gradients are always off.
         wants = [has_grad and needed for needed in ctx.needs_input_grad[:3]]
         wants_rows, wants_weight, wants_bias = wants
-        fp, num_rows, vocabulary = wide(weight), len(labels_N), weight.shape[0]
+        fp, num_rows, vocabulary = wide(weight_VD), len(labels_N), weight_VD.shape[0]
         row_weights_N = row_weights_N.to(fp) * (labels_N != IGNORE)
         ce_N = rows_ND.new_zeros(num_rows, dtype=fp)
         d_rows = torch.empty_like(rows_ND) if wants_rows else None
         d_weight = torch.zeros_like(weight_VD, dtype=fp) if wants_weight else None
         d_bias = torch.zeros_like(bias_V, dtype=fp) if wants_bias else None
-        size = chunk_size(num_rows, 1, False, weight)
-        logits = weight.new_empty(min(size, num_rows), vocabulary, dtype=fp)
-        in_place = weight.dtype == fp or not any(wants)
-        dlogits = logits if in_place else torch.empty_like(logits, dtype=weight.dtype)
+        size = chunk_size(num_rows, 1, False, weight_VD)
+        logits = weight_VD.new_empty(min(size, num_rows), vocabulary, dtype=fp)
+        in_place = weight_VD.dtype == fp or not any(wants)
+        dlogits = logits if in_place else torch.empty_like(logits, dtype=weight_VD.dtype)
         for start in range(0, num_rows, size):
             part = slice(start, start + size)
             rows, logits_nV = rows_ND[part], logits[: len(rows_ND[part])]
             d_nV = dlogits[: len(rows)]
-            project_(logits_nV, rows, weight)
+            project_(logits_nV, rows, weight_VD)
             chunk = Chunk(
                 logits_nV[None], None, labels_N[part], row_weights_N[part],
                 CE, head, any(wants), d_nV,
@@ -85,11 +85,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             stats = epilogue(chunk)
             ce_N[part] = stats.lse_Kn[0] - stats.label_logit_Kn[0]
             if d_rows is not None:
-                d_rows[part] = torch.mm(d_nV, weight)
+                d_rows[part] = torch.mm(d_nV, weight_VD)
             if d_weight is not None:
-                add_product_(d_weight[:vocabulary], d_nV, rows)
+                add_product_(d_weight, d_nV, rows)
             if d_bias is not None:
-                d_bias[:vocabulary] += d_nV.sum(0, dtype=fp)
+                d_bias += d_nV.sum(0, dtype=fp)
         ce_N = ce_N.where(labels_N != IGNORE, 0)
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(d_rows, d_weight, d_bias)

@@ -60,11 +60,10 @@ class _LinearDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_MD, weight_VD, bias_V, head, distance, sizes, has_grad):
         # The head comes again for its numbers; its tensors are the inputs that autograd knows.
-        head = head._replace(weight_VH=weight_VD, bias_V=bias_V).without_padding()
-        weight = head.weight_VH
+        head = head._replace(weight_VH=weight_VD, bias_V=bias_V)
         # needs_input_grad does not know of no_grad, and in here gradients are always off.
         wants = [has_grad and needed for needed in ctx.needs_input_grad[:3]]
-        fp, vocabulary = wide(weight), weight.shape[0]
+        fp, vocabulary = wide(weight_VD), weight_VD.shape[0]
         distance_M = rows_MD.new_zeros(len(rows_MD), dtype=fp)
         d_rows = torch.zeros_like(rows_MD) if wants[0] else None
         d_weight = torch.zeros_like(weight_VD, dtype=fp) if wants[1] else None
@@ -74,18 +73,18 @@ class _LinearDistance(torch.autograd.Function):
             part = slice(start, start + size)
             start += size
             rows = rows_MD[part]
-            products_nV = weight.new_empty(size, vocabulary, dtype=fp)
-            project_(products_nV, rows, weight)
+            products_nV = weight_VD.new_empty(size, vocabulary, dtype=fp)
+            project_(products_nV, rows, weight_VD)
             distance_M[part], d_nV = _of_chunk(products_nV, head, distance, part, any(wants))
             if d_nV is None:
                 continue
-            low_nV = d_nV.to(weight.dtype)
+            low_nV = d_nV.to(weight_VD.dtype)
             if d_rows is not None:
-                d_rows[part] = torch.mm(low_nV, weight)
+                d_rows[part] = torch.mm(low_nV, weight_VD)
             if d_weight is not None:
-                add_product_(d_weight[:vocabulary], low_nV, rows)
+                add_product_(d_weight, low_nV, rows)
             if d_bias is not None:
-                d_bias[:vocabulary] += d_nV.sum(0)
+                d_bias += d_nV.sum(0)
             del products_nV, d_nV, low_nV  # before the next chunk's
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(d_rows, d_weight, d_bias)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from genrecal_ds.console.arguments import positive
-from genrecal_ds.console.refusals import Report
+from genrecal_ds.console.refusals import Findings
 from genrecal_ds.errors import UserError
 from genrecal_ds.estimate.flops import SampleTokens
 from genrecal_ds.planner import report as say
@@ -44,7 +44,7 @@ STAGES = tuple(PAPER_SAMPLES)
 def main(argv: Sequence[str] | None = None) -> int:
     """0 planned, 2 nothing fits or a mistake of the user."""
     arguments = _parse(argv)
-    report = Report(Console())
+    report = Findings(Console())
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if arguments.paper:
@@ -86,7 +86,7 @@ def loads_of(
     return {stage.kind: load_of(recipe, stage, gpus, per_host) for stage in recipe.stages}
 
 
-def _plan(report: Report, loads: "dict[str, Load]", arguments: argparse.Namespace) -> int:
+def _plan(report: Findings, loads: "dict[str, Load]", arguments: argparse.Namespace) -> int:
     machine, works = _machine(arguments), _works(loads, arguments)
     report.section("Models")
     for line in say.models(works):
@@ -124,7 +124,7 @@ def _plan(report: Report, loads: "dict[str, Load]", arguments: argparse.Namespac
     return 0
 
 
-def _print(report: Report, title: str, lines: Iterable[str]) -> None:
+def _print(report: Findings, title: str, lines: Iterable[str]) -> None:
     report.section(title)
     for line in lines:
         report.say(line)

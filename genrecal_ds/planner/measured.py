@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.estimate import flops
 from genrecal_ds.planner.cost import wire
@@ -108,6 +109,7 @@ def compared(found: Measured, base: Measured) -> str:
     )
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m genrecal_ds.planner.measured", description=__doc__,
@@ -116,11 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stages", type=Path, nargs="+", metavar="RUN/STAGE")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of one rank's device")
     arguments = parser.parse_args(argv)
-    try:
-        found = [read(stage) for stage in arguments.stages]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = [read(stage) for stage in arguments.stages]
     for one in found:
         print(*described(one, arguments.peak), sep="\n")
     for one in found[:-1]:

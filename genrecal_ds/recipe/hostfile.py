@@ -1,4 +1,4 @@
-"""Where a run may be started: hostfiles, checked, this machine's GPUs, a port of its own.
+"""Where a run may be started: hostfiles, checked, numbers of GPUs, a port of its own.
 
 DeepSpeed puts a host into an ssh command line as it stands: a line such as
 `-oProxyCommand=... slots=1` would run a command. So every line must match whole.
@@ -7,6 +7,7 @@ DeepSpeed puts a host into an ssh command line as it stands: a line such as
 import os
 import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,18 +77,18 @@ class Cluster(NamedTuple):
     described: str
 
 
-def cluster_of(gpus: int | None, gpu_gib: float | None, hostfile: Path | None) -> Cluster:
+def cluster_of(
+    gpus: int | None, gpu_gib: float | None, hostfile: Path | None, local_gpus: Sequence[int]
+) -> Cluster:
     """The hosts of a file, so many GPUs, this machine's, or else one that is assumed.
 
-    Raises UserError for a bad hostfile, or one beside a number of GPUs.
+    local_gpus: bytes of each GPU of this machine. Raises UserError for a bad hostfile, or one
+    beside a number of GPUs.
     """
-    import torch
-
-    here = torch.cuda.device_count()
+    here = len(local_gpus)
     size, source = ASSUMED_GPU_GIB, "assumed"
     if here:
-        smallest = min(torch.cuda.get_device_properties(i).total_memory for i in range(here))
-        size, source = smallest / 2**30, "as here"
+        size, source = min(local_gpus) / 2**30, "as here"
     if gpu_gib:
         size, source = gpu_gib, "as given"
     per_host = here or ASSUMED_GPUS_PER_HOST

@@ -29,7 +29,7 @@ class LossConfig(Section):
     boundary: bool = True  # false: the teacher's terms leave out each turn's first loss row
     student_ce: float = Field(1.0, ge=0)
     first_token_ce: float = Field(0.0, ge=0)  # extra CE weight on each turn's first answer token
-    # of logit_kd; mix is read by skew_kl and jsd (ops/head_loss/contract.py)
+    # of logit_kd; mix is read by skew_kl and jsd (objectives/logit_kd.py)
     divergence: Literal["forward_kl", "reverse_kl", "skew_kl", "jsd"] = "forward_kl"
     divergence_mix: float = Field(0.1, gt=0, lt=1)
     temperature: float = Field(1.0, gt=0)

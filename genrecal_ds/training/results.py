@@ -7,9 +7,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from genrecal_ds import dist
-from genrecal_ds.export import write_student
 from genrecal_ds.models.lora import merged
 from genrecal_ds.models.recalibrator import save_recalibrator
+from genrecal_ds.models.saving import write_student
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.training.engine import StudentEngine
 

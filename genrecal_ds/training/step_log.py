@@ -85,7 +85,7 @@ def token_counts(micro: Sequence[PairBatch]) -> dict[str, int]:
         [
             sum(int(b.student.inputs.attention_mask.sum()) for b in micro),
             sum(int(teacher.inputs.attention_mask.sum()) for teacher in teachers),
-            sum(len(teacher.packing.source_P) for teacher in teachers),
+            sum(len(teacher.layout.source_P) for teacher in teachers),
             sum(b.num_student_rows for b in micro),
             sum(b.num_samples for b in micro),
         ],

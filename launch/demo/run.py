@@ -16,11 +16,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.hostfile import free_port
 
@@ -250,15 +251,12 @@ def _check(command: list[str]) -> None:
         raise UserError(f"{' '.join(command[:4])} ... failed; its message is above")
 
 
-def main() -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.demo.run", description=__doc__)
     parser.add_argument("--cache", action="store_true")
-    arguments = parser.parse_args()
-    try:
-        run(FOLDER, arguments.cache)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    arguments = parser.parse_args(argv)
+    run(FOLDER, arguments.cache)
     return 0
 
 

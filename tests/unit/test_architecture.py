@@ -25,8 +25,7 @@ DATA_TOOLS_MAY_IMPORT = (
     "genrecal_ds.errors",
     "genrecal_ds.models.chat",
     "genrecal_ds.models.processors",
-    "genrecal_ds.console.page",
-    "genrecal_ds.console.text",
+    "genrecal_ds.console",
 )
 
 
@@ -112,6 +111,7 @@ def test_webdataset_is_imported_by_data_and_data_tools_only():
         ("genrecal_ds/objectives", "genrecal_ds.training"),
         ("genrecal_ds/evaluate", "genrecal_ds.training"),
         ("genrecal_ds/analysis", "genrecal_ds.training"),
+        ("genrecal_ds/training", "genrecal_ds.export"),
         ("genrecal_ds/training/trainer.py", "genrecal_ds.models"),
         ("genrecal_ds/training/trainer.py", "transformers"),
         ("genrecal_ds/training/trainer.py", "deepspeed"),
@@ -180,7 +180,12 @@ def test_data_tools_import_data_config_and_processors_only():
 
 @pytest.mark.parametrize(
     "leaf",
-    ["genrecal_ds/recipe", "genrecal_ds/errors.py", "genrecal_ds/estimate/memory.py"],
+    [
+        "genrecal_ds/recipe",
+        "genrecal_ds/console",
+        "genrecal_ds/errors.py",
+        "genrecal_ds/estimate/memory.py",
+    ],
 )
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "deepspeed"])
 def test_leaf_imports_nothing_heavy(leaf: str, heavy: str):
@@ -201,6 +206,24 @@ def test_importing_leaves_torch_out(module: str):
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_files_of_launch_import_one_another_in_no_circle():
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources("launch")
+    }
+    wanted = {
+        module: {
+            other
+            for other in files
+            if other not in (module, "launch") and any(is_in(n, other) for n in imported(path))
+        }
+        for module, path in files.items()
+    }
+    while leaves := {module for module, others in wanted.items() if not others & wanted.keys()}:
+        wanted = {module: others for module, others in wanted.items() if module not in leaves}
+    assert not wanted, f"a circle among {sorted(wanted)}"
 
 
 def test_no_utils():

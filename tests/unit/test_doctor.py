@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from genrecal_ds import doctor
 from genrecal_ds.analysis.samples import histogram, marked
-from genrecal_ds.console.refusals import Report
+from genrecal_ds.console.refusals import Findings
 from genrecal_ds.doctor import main
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.recalibrator import save_recalibrator
@@ -277,7 +277,7 @@ def test_measured_lengths(examine, pair, shards, tmp_path):
 
 
 def test_a_defect_of_ours_is_no_refusal():
-    with pytest.raises(KeyError), Report(Console()).attempt("stages.align"):
+    with pytest.raises(KeyError), Findings(Console()).attempt("stages.align"):
         {}["x"]
 
 

@@ -5,7 +5,7 @@ N loss rows, H teacher width, V vocabulary.
 
 `impl`, in this package's ops:
     auto        triton on CUDA tensors, else torch; both chunk by chunk
-    triton      the epilogue as Triton kernels, forward_kl at temperature 1 only
+    triton      the epilogue as Triton kernels
     torch       the epilogue in torch, any device
     reference   the definition: all logits at once, under autograd
 An explicit choice never falls back.
@@ -18,106 +18,73 @@ import torch
 from torch import Tensor
 
 from genrecal_ds.ops.choice import chosen
-from genrecal_ds.ops.head_loss.chunked import cache_teacher, epilogue_of, head_loss_forward
-from genrecal_ds.ops.head_loss.contract import (
-    FORWARD_KL,
-    CachedTeacher,
-    Divergence,
-    Head,
-    HeadLoss,
-    check,
-)
+from genrecal_ds.ops.head_loss.chunked import epilogue_of, head_loss_forward
+from genrecal_ds.ops.head_loss.contract import Head, HeadLoss, check
 from genrecal_ds.ops.head_loss.reference import head_loss_reference
 
-__all__ = ["CachedTeacher", "Divergence", "Head", "HeadLoss", "cache_teacher", "head_loss"]
+__all__ = ["Head", "HeadLoss", "head_loss"]
 
 
 def head_loss(
     rows_KNH: Tensor,
-    teacher: Tensor | CachedTeacher,
+    teacher_rows_NH: Tensor,
     labels_N: Tensor,
     head: Head,
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
     *,
-    divergence: Divergence = FORWARD_KL,
-    temperature: float = 1.0,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
 ) -> HeadLoss:
     """ce_weight * CE + kl_weight * KL of K passes, summed over rows whose label is not -100.
 
-    rows_KNH: the head's dtype. teacher: the teacher's own rows z [N, H] in that dtype, or a
-    CachedTeacher. labels_N: int64 in the TEACHER's vocabulary. Losses are fp32, in nats.
-    temperature divides the logits of the divergence alone, without a tau^2 in front. Only
-    loss_sum is differentiable, and only with respect to rows_KNH: head and teacher are frozen.
-    Raises ValueError naming the argument that does not fit. On CUDA labels are not looked at
-    before: one outside the vocabulary makes its row's loss NaN (but asserts in `reference`).
-    Source: paper section 3.3, L_ar and L_kl; the cached form: docs/performance.md.
+    KL is KL(p || q), forward: p the teacher's distribution, q the student's. rows_KNH and the
+    teacher's own rows teacher_rows_NH have the head's dtype. labels_N: int64 in the TEACHER's
+    vocabulary. Losses are fp32, in nats. Only loss_sum is differentiable, and only with respect to
+    rows_KNH: head and teacher are frozen. Raises ValueError naming the argument that does not fit.
+    On CUDA labels are not looked at before: one outside the vocabulary makes its row's loss NaN
+    (but asserts in `reference`). Source: paper section 3.3, L_ar and L_kl.
     """
-    check(rows_KNH, teacher, labels_N, head, ce_weights, kl_weights, divergence, temperature)
+    check(rows_KNH, teacher_rows_NH, labels_N, head, ce_weights, kl_weights)
     if impl == "reference":
         return head_loss_reference(
-            rows_KNH, teacher, labels_N, head, ce_weights, kl_weights, divergence, temperature
+            rows_KNH, teacher_rows_NH, labels_N, head, ce_weights, kl_weights
         )
     loss_sum, ce_KN, kl_KN, top1_KN, _ = torch.ops.genrecal_ds.head_loss(
         rows_KNH,
-        teacher.mean_head_NH if isinstance(teacher, CachedTeacher) else teacher,
-        teacher.constant_N if isinstance(teacher, CachedTeacher) else None,
-        teacher.top1_N if isinstance(teacher, CachedTeacher) else None,
+        teacher_rows_NH,
         labels_N,
         *head,
         [float(weight) for weight in ce_weights],
         [float(weight) for weight in kl_weights],
-        *divergence,
-        temperature,
-        _implementation(impl, rows_KNH, divergence, temperature),
+        chosen(impl, rows_KNH),
         torch.is_grad_enabled() and rows_KNH.requires_grad,
     )
     return HeadLoss(loss_sum, ce_KN, kl_KN, top1_KN)
 
 
-def _implementation(impl: str, rows: Tensor, divergence: Divergence, temperature: float) -> str:
-    is_variant = divergence.name != "forward_kl" or temperature != 1.0
-    if impl == "triton" and is_variant:
-        raise ValueError(
-            f"impl: triton knows forward_kl at temperature 1, not {divergence.name} at "
-            f"{temperature}; take auto or torch"
-        )
-    return "variant" if is_variant else chosen(impl, rows)
-
-
 @torch.library.custom_op("genrecal_ds::head_loss", mutates_args=())
 def _head_loss(
     rows_KNH: Tensor,
-    teacher_NH: Tensor,
-    constant_N: Tensor | None,
-    teacher_top1_N: Tensor | None,
+    teacher_rows_NH: Tensor,
     labels_N: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
     scale: float,
     softcap: float | None,
-    valid_vocab: int | None,
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
-    divergence: str,
-    mix: float,
-    temperature: float,
     implementation: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The registered op. Its last output is the rows' gradient, which backward multiplies."""
-    teacher: Tensor | CachedTeacher = teacher_NH
-    if constant_N is not None and teacher_top1_N is not None:
-        teacher = CachedTeacher(teacher_NH, constant_N, teacher_top1_N)
     return head_loss_forward(
         rows_KNH,
-        teacher,
+        teacher_rows_NH,
         labels_N,
-        Head(weight_VH, bias_V, scale, softcap, valid_vocab),
+        Head(weight_VH, bias_V, scale, softcap),
         ce_weights,
         kl_weights,
-        epilogue_of(implementation, Divergence(divergence, mix), temperature),  # type: ignore[arg-type]
+        epilogue_of(implementation),
         needs_grad,
     )
 
@@ -143,7 +110,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *unused):
     (grad_KNH,) = ctx.saved_tensors
     # No test for grad_loss == 1: reading it would stall the stream.
-    return ((grad_KNH * grad_loss).to(grad_KNH.dtype), *[None] * 16)
+    return ((grad_KNH * grad_loss).to(grad_KNH.dtype), *[None] * 10)
 
 
 _head_loss.register_autograd(_backward, setup_context=_save)

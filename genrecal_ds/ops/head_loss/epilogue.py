@@ -4,9 +4,9 @@ Shapes: K passes, n rows of a chunk, V vocabulary.
 
     d loss / d logits(r) = weight * (on_q q - on_p p - on_label onehot(y))
 
-covers every use: CE + KL (a + b, b, a), CE beside a cached teacher (a + b, 0, a), the
-student's CE (1, 0, 1). On the CPU rows are taken in blocks that stay in the cache: the logits
-then cross memory once for the GEMM that writes them and once for the one that reads dlogits.
+covers both uses: CE + KL through the teacher's head (a + b, b, a), and the student's CE (1, 0, 1).
+On the CPU rows are taken in blocks that stay in the cache: the logits then cross memory once for
+the GEMM that writes them and once for the one that reads dlogits.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ CPU_BLOCK_BYTES = 1 << 20  # of one logits matrix; a core's second-level cache
 
 
 class Coefficients(NamedTuple):
-    """Of one pass; see the formula above."""
+    """What one pass puts into the formula above."""
 
     on_q: float
     on_p: float
@@ -57,14 +57,14 @@ class Chunk(NamedTuple):
 def softmax_epilogue_(chunk: Chunk) -> RowStats:
     """RowStats; with needs_grad dlogits_mV becomes d loss / d (rows @ weight.T)."""
     student_KnV, teacher_nV, head = chunk.student_KnV, chunk.teacher_nV, chunk.head
-    columns_n, is_bad_n = columns_of(chunk.labels_n, student_KnV.shape[-1])
+    columns_n, is_bad_n = _columns_of(chunk.labels_n, student_KnV.shape[-1])
     dlogits_KnV = chunk.dlogits_mV.view(student_KnV.shape) if chunk.needs_grad else student_KnV
     num_passes, num_rows, _ = student_KnV.shape
     kl_Kn = student_KnV.new_zeros(num_passes, num_rows)
     lse_Kn, label_logit_Kn = torch.empty_like(kl_Kn), torch.empty_like(kl_Kn)
     top1_Kn = columns_n.new_empty(num_passes, num_rows)
     teacher_top1_n = None if teacher_nV is None else torch.empty_like(columns_n)
-    block = block_rows(student_KnV)
+    block = _block_rows(student_KnV)
     for start in range(0, num_rows, block):
         part = slice(start, start + block)
         teacher = None
@@ -120,7 +120,7 @@ class _Teacher:
         return torch.linalg.vecdot(self.exp_bV, difference_bV) / self.sum_b1.squeeze(-1)
 
 
-def columns_of(labels_n: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _columns_of(labels_n: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """(a column that may be read for every label, which labels are outside the vocabulary).
 
     Those make their row's loss NaN: on CUDA nobody looked at them before, and an index out of
@@ -130,7 +130,7 @@ def columns_of(labels_n: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     return labels_n.where(is_inside_n, 0), ~is_inside_n & (labels_n != IGNORE)
 
 
-def block_rows(logits_KnV: Tensor) -> int:
+def _block_rows(logits_KnV: Tensor) -> int:
     """Rows that stay in the cache together; on CUDA all of them, to launch few kernels."""
     if logits_KnV.is_cuda:
         return max(1, logits_KnV.shape[1])

@@ -3,7 +3,6 @@
 Shapes: K passes, N loss rows, H teacher width, V vocabulary.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,35 +10,26 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from genrecal_ds.ops import IGNORE
-from genrecal_ds.ops.head_loss.contract import CachedTeacher, Divergence, Head, HeadLoss
+from genrecal_ds.ops.head_loss.contract import Head, HeadLoss
 
 
 def head_loss_reference(
     rows_KNH: Tensor,
-    teacher: Tensor | CachedTeacher,
+    teacher_rows_NH: Tensor,
     labels_N: Tensor,
     head: Head,
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
-    divergence: Divergence,
-    temperature: float,
 ) -> HeadLoss:
     """See head_loss. Holds about nine [K, N, V] matrices; for tests and small vocabularies."""
-    head = head.without_padding()
     valid_N = labels_N != IGNORE
     label_N1 = labels_N.clamp(min=0).unsqueeze(-1)
     # Widened once: two casts would round the two halves of the gradient apart from each other.
     rows_KNH = rows_KNH.to(torch.promote_types(rows_KNH.dtype, torch.float32))
     logits_KNV = logits(head, rows_KNH)
-    if isinstance(teacher, CachedTeacher):
-        teacher_top1_N = teacher.top1_N
-        dots_KN = (rows_KNH * teacher.mean_head_NH.detach()).sum(-1)
-        kl_KN = logits_KNV.logsumexp(-1) - dots_KN + teacher.constant_N
-    else:
-        teacher_logits_NV = logits(head, teacher.detach())
-        teacher_top1_N = teacher_logits_NV.argmax(-1)
-        kl_KN = divergence_of(teacher_logits_NV, logits_KNV, divergence, temperature)
-    top1_KN = (logits_KNV.argmax(-1) == teacher_top1_N) & valid_N
+    teacher_logits_NV = logits(head, teacher_rows_NH.detach())
+    kl_KN = _forward_kl(teacher_logits_NV, logits_KNV)
+    top1_KN = (logits_KNV.argmax(-1) == teacher_logits_NV.argmax(-1)) & valid_N
     log_q_KNV = logits_KNV.log_softmax(-1)
     ce_KN = -log_q_KNV.gather(-1, label_N1.expand(len(rows_KNH), -1, -1)).squeeze(-1)
 
@@ -65,22 +55,7 @@ def logits(head: Head, rows: Tensor) -> Tensor:
     return values if head.softcap is None else head.softcap * torch.tanh(values / head.softcap)
 
 
-def divergence_of(
-    teacher_logits: Tensor, student_logits: Tensor, divergence: Divergence, temperature: float
-) -> Tensor:
-    """Per row, of softmax(logits / temperature); no temperature**2 factor is put in front."""
-    log_p = (teacher_logits / temperature).log_softmax(-1)
-    log_q = (student_logits / temperature).log_softmax(-1)
-    if divergence.name == "forward_kl":
-        return _kl(log_p, log_q)
-    if divergence.name == "reverse_kl":
-        return _kl(log_q, log_p)
-    mix = divergence.mix
-    log_m = torch.logaddexp(log_p + math.log(mix), log_q + math.log(1 - mix))
-    if divergence.name == "skew_kl":
-        return _kl(log_p, log_m)
-    return mix * _kl(log_p, log_m) + (1 - mix) * _kl(log_q, log_m)
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
+def _forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(p || q) per row, of p and q the softmaxes of the teacher's and the student's logits."""
+    log_p, log_q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

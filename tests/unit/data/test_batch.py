@@ -1,4 +1,4 @@
-"""Golden samples, written by hand: the row shift, several turns, the packing, the labels."""
+"""Golden samples, written by hand: the row shift, several turns, the layout, the labels."""
 
 import pytest
 import torch
@@ -38,26 +38,26 @@ def test_row_shift_and_labels_of_two_turns():
 
 
 def test_mixed_packing_of_two_turns():
-    packing = collate([PAIR], PLACEHOLDER, RULES, with_regular=False).teacher.packing
+    layout = collate([PAIR], PLACEHOLDER, RULES, with_regular=False).teacher.layout
     # s0 s1 | a a a | s4 s5 s6 | a a      with answer rows 0..4 written as -1..-5
-    assert packing.source_P.tolist() == [0, 1, -1, -2, -3, 4, 5, 6, -4, -5]
-    assert packing.position_ids_P.tolist() == list(range(10))
-    assert packing.own_position_ids_P.tolist() == [0, 1, 3, 4, 5, 4, 5, 6, 8, 9]
+    assert layout.source_P.tolist() == [0, 1, -1, -2, -3, 4, 5, 6, -4, -5]
+    assert layout.position_ids_P.tolist() == list(range(10))
+    assert layout.own_position_ids_P.tolist() == [0, 1, 3, 4, 5, 4, 5, 6, 8, 9]
     # turn 1 predicts from s1 and its first two answer rows, turn 2 from s6 and one answer row
-    assert packing.loss_rows.tolist() == [1, 2, 3, 7, 8]
-    assert (packing.num_sequences, packing.max_seqlen) == (1, 10)
-    assert packing.cu_seqlens.tolist() == [0, 10] and packing.cu_seqlens.dtype == torch.int32
+    assert layout.loss_rows.tolist() == [1, 2, 3, 7, 8]
+    assert (layout.num_sequences, layout.max_seqlen) == (1, 10)
+    assert layout.cu_seqlens.tolist() == [0, 10] and layout.cu_seqlens.dtype == torch.int32
 
 
 def test_regular_pass_shares_answer_rows_and_loss_rows():
     teacher = collate([PAIR], PLACEHOLDER, RULES, with_regular=True).teacher
     assert teacher.rows_A.tolist() == [3, 4, 5, 8, 9, 0, 1, 2, 6, 7]  # answers, then questions
-    mixed, regular = teacher.packing.source_P[:10], teacher.packing.source_P[10:]
+    mixed, regular = teacher.layout.source_P[:10], teacher.layout.source_P[10:]
     assert mixed.tolist() == [0, 1, -1, -2, -3, 4, 5, 6, -4, -5]
     assert regular.tolist() == [-6, -7, -8, -1, -2, -3, -9, -10, -4, -5]
-    assert teacher.packing.loss_rows[5:].tolist() == [12, 13, 14, 17, 18]
-    assert teacher.packing.own_position_ids_P[10:].tolist() == list(range(10))
-    assert teacher.packing.sequence_P.tolist() == [0] * 10 + [1] * 10
+    assert teacher.layout.loss_rows[5:].tolist() == [12, 13, 14, 17, 18]
+    assert teacher.layout.own_position_ids_P[10:].tolist() == list(range(10))
+    assert teacher.layout.sequence_P.tolist() == [0] * 10 + [1] * 10
 
 
 # Answers "ab" and "xyz": a, b, end and xyz, end to the teacher; ab, end and x, y, z, end here.
@@ -81,7 +81,7 @@ def test_rows_are_offset_by_the_padded_width():
     batch = collate([PAIR, short], PLACEHOLDER, RULES, with_regular=False)
     assert batch.teacher.targets_N.tolist()[5:] == [10, 11]  # teacher width 10
     assert batch.student.rows_M.tolist()[6:] == [11, 12, 13]  # student width 11
-    assert batch.teacher.packing.source_P.tolist()[10:] == [11, -6, -7]
+    assert batch.teacher.layout.source_P.tolist()[10:] == [11, -6, -7]
     assert batch.student.inputs.attention_mask.sum(1).tolist() == [11, 4]
     # padding repeats the end-of-turn token, never an image token
     assert batch.student.inputs.input_ids[1].tolist() == [20, 22, 23, 2] + [2] * 7
@@ -143,16 +143,16 @@ def test_unusable_samples_have_a_reason(teacher, student, image, reason):
 def test_uses_invert_the_source_map(with_regular):
     """token_align's backward reads them instead of adding atomically."""
     batch = collate([PAIR, PAIR], PLACEHOLDER, RULES, with_regular)
-    packing, num_student = batch.teacher.packing, batch.student.inputs.input_ids.numel()
-    assert packing.uses_RU.shape[0] == num_student + len(batch.teacher.rows_A)
-    assert packing.uses_RU.shape[1] == 1 + with_regular
-    rebuilt = torch.full_like(packing.source_P, 999)
-    for row, uses in enumerate(packing.uses_RU.tolist()):
+    layout, num_student = batch.teacher.layout, batch.student.inputs.input_ids.numel()
+    assert layout.uses_RU.shape[0] == num_student + len(batch.teacher.rows_A)
+    assert layout.uses_RU.shape[1] == 1 + with_regular
+    rebuilt = torch.full_like(layout.source_P, 999)
+    for row, uses in enumerate(layout.uses_RU.tolist()):
         for use in uses:
             if use >= 0:
                 rebuilt[use] = row if row < num_student else num_student - 1 - row
-    assert torch.equal(rebuilt, packing.source_P)
-    assert packing.cu_seqlens.diff().sum() == len(packing.source_P)
+    assert torch.equal(rebuilt, layout.source_P)
+    assert layout.cu_seqlens.diff().sum() == len(layout.source_P)
 
 
 def test_numbers_of_patches_count_on_over_samples_and_negatives_stay():

@@ -17,7 +17,7 @@ from genrecal_ds.recipe.hostfile import refuse_shared_devices
 from genrecal_ds.recipe.recipe_file import load_recipe
 from launch import attempt
 from launch.hosts import _node_command
-from launch.train import ranks_of_slurm
+from launch.ranks import ranks_of_slurm
 from tests.fixtures import ROOT, environment
 
 pytestmark = pytest.mark.unit

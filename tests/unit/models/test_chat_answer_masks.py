@@ -62,12 +62,12 @@ def pictures(messages) -> list[Image.Image]:
 
 
 def with_offsets(tokenizer, text):
-    """(ids, spans) of a fast tokenizer."""
+    """(ids, spans)."""
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return encoding["input_ids"], encoding["offset_mapping"]
 
 
-def reference(of: ChatEncoder, messages, tokenise=with_offsets) -> Reference:
+def reference(of: ChatEncoder, messages) -> Reference:
     def render(chat):
         return of.tokenizer.apply_chat_template(chat, chat_template=of.template, tokenize=False)
 
@@ -96,14 +96,12 @@ def reference(of: ChatEncoder, messages, tokenise=with_offsets) -> Reference:
     for answer, part in zip(given, between[1:], strict=True):
         places.append((len(text), len(text) + len(answer)))
         text += answer + part
-    return Reference(text, *tokenise(of.tokenizer, text), places)
+    return Reference(text, *with_offsets(of.tokenizer, text), places)
 
 
-def check_mask(
-    of: ChatEncoder, messages, may_straddle: bool = False, tokenise=with_offsets
-) -> EncodedChat:
+def check_mask(of: ChatEncoder, messages, may_straddle: bool = False) -> EncodedChat:
     found = of.encode(messages, pictures(messages))
-    expected = reference(of, messages, tokenise)
+    expected = reference(of, messages)
     length = len(found.input_ids_T)
     assert found.input_ids_T.tolist() == expected.ids[:length]
     assert len(found.answers) == len(expected.answers)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.export import write_student
 from genrecal_ds.models import replica
 from genrecal_ds.models.lora import add_adapters, merged
 from genrecal_ds.models.replica import load_replica
+from genrecal_ds.models.saving import write_student
 from genrecal_ds.models.vlm import load_vlm
 from genrecal_ds.recipe.config import LoraConfig
 from tests.unit.models.test_vlm_every_family import encode

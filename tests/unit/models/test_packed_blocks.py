@@ -75,7 +75,7 @@ def inputs_of(batch):
     return (
         torch.randn(*student.shape, D, dtype=torch.float64, requires_grad=True),
         torch.randn(len(batch.teacher.rows_A), H, dtype=torch.float64),
-        batch.teacher.packing,
+        batch.teacher.layout,
     )
 
 
@@ -97,14 +97,14 @@ def test_equal_transformers_blocks(model_type, depth):
 def test_packed_equals_padded_in_fp32_from_the_rows_to_the_loss(model_type):
     """Loss and every gradient, through the teacher's head, to 1e-6 of their norm."""
     torch.manual_seed(1)
-    hidden, teacher_rows, packing = inputs_of(batch_of(CONVERSATIONS))
+    hidden, teacher_rows, layout = inputs_of(batch_of(CONVERSATIONS))
     hidden = hidden.detach().float().requires_grad_()
-    num_rows = len(packing.loss_rows) // 2
+    num_rows = len(layout.loss_rows) // 2
     weight, targets = torch.randn(50, H), torch.randn(num_rows, H)
     labels = torch.randint(0, 50, (num_rows,))
     results = []
     for module in make(model_type, std=0.1):
-        rows = module.float()(hidden, teacher_rows.float(), packing).unflatten(0, (2, num_rows))
+        rows = module.float()(hidden, teacher_rows.float(), layout).unflatten(0, (2, num_rows))
         loss = head_loss(rows, targets, labels, Head(weight), [1.0, 1.0], [1.0, 1.0]).loss_sum
         results.append([loss.detach(), *torch.autograd.grad(loss, [hidden, *module.parameters()])])
     for padded, packed in zip(*results, strict=True):
@@ -117,11 +117,11 @@ def test_packed_equals_one_conversation_at_a_time(model_type, packed):
     """In fp32: losses and gradients, multi-turn and one-token answers among them."""
     module = make(model_type)[packed].float()
     together = batch_of(CONVERSATIONS)
-    hidden, teacher_rows, packing = (
+    hidden, teacher_rows, layout = (
         t.float().detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t
         for t in inputs_of(together)
     )
-    rows = module(hidden, teacher_rows, packing)
+    rows = module(hidden, teacher_rows, layout)
     (gradient,) = torch.autograd.grad(rows.sin().sum(), hidden)
     half, seen, expected, expected_gradient = len(rows) // 2, [0, 0], [[], []], []
     answers = [sum(a for _, a in turns) for turns in CONVERSATIONS]
@@ -135,7 +135,7 @@ def test_packed_equals_one_conversation_at_a_time(model_type, packed):
             teacher_rows[sum(answers) + seen[1] : sum(answers) + seen[1] + questions[b]],
         ])  # fmt: skip
         seen = [seen[0] + answers[b], seen[1] + questions[b]]
-        out = module(part, own_rows, alone.teacher.packing)
+        out = module(part, own_rows, alone.teacher.layout)
         expected_gradient.append(torch.autograd.grad(out.sin().sum(), part)[0])
         for k, rows_of_pass in enumerate(out.detach().chunk(2)):
             expected[k].append(rows_of_pass)
@@ -147,15 +147,15 @@ def test_packed_equals_one_conversation_at_a_time(model_type, packed):
 
 def test_the_last_block_works_on_the_loss_rows_alone():
     _, ours = make("llama")
-    hidden, teacher_rows, packing = inputs_of(batch_of(CONVERSATIONS))
+    hidden, teacher_rows, layout = inputs_of(batch_of(CONVERSATIONS))
     seen = {}
     for number, layer in enumerate(ours.blocks.layers):
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp"):
             layer.get_submodule(name).register_forward_hook(
                 lambda _, args, out, key=(number, name): seen.update({key: args[0].shape[0]})
             )
-    ours(hidden, teacher_rows, packing)
-    total, loss = len(packing.source_P), len(packing.loss_rows)
+    ours(hidden, teacher_rows, layout)
+    total, loss = len(layout.source_P), len(layout.loss_rows)
     assert {count for (number, _), count in seen.items() if number == 0} == {total}
     assert seen[1, "self_attn.k_proj"] == total > loss
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
@@ -226,10 +226,10 @@ def test_fused_backends_are_called_as_they_want(recorded, backend, key_heads):
     ours = ours.bfloat16()
     fused = copy.deepcopy(ours)
     fused.packed_attention = backend
-    hidden, teacher_rows, packing = inputs_of(batch_of(CONVERSATIONS))
-    inputs = (hidden.detach().bfloat16(), teacher_rows.bfloat16(), packing)
+    hidden, teacher_rows, layout = inputs_of(batch_of(CONVERSATIONS))
+    inputs = (hidden.detach().bfloat16(), teacher_rows.bfloat16(), layout)
     torch.testing.assert_close(fused(*inputs), ours(*inputs))
-    total, loss = len(packing.source_P), len(packing.loss_rows)
+    total, loss = len(layout.source_P), len(layout.loss_rows)
     assert [call["name"] for call in recorded] == [backend, backend]
     first, last = recorded
     assert first["q"].shape == (total, 4, 8) and first["k"].shape == (total, key_heads, 8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from genrecal_ds.data.packed import Packing, Turns
+from genrecal_ds.data.recalibrator_input import RecalibratorInput, Turns
 from genrecal_ds.models.recalibrator import (
     Recalibrator,
     block_config,
@@ -75,7 +75,7 @@ def pack(lengths, own_positions=None):
     source = torch.arange(total, dtype=torch.int32)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     turns = Turns(torch.arange(total), cu_seqlens, cu_seqlens, max(lengths), max(lengths))
-    return Packing(
+    return RecalibratorInput(
         source, source[:, None].clone(), sequence, positions,
         positions if own_positions is None else own_positions, torch.arange(total), cu_seqlens,
         turns, len(lengths), max(lengths),

@@ -11,8 +11,12 @@ from genrecal_ds.data.byte_matching import match_bytes
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.processors import load_tokenizer
 from genrecal_ds.models.token_bytes import token_bytes
-from tests.unit.models.test_chat_slow_tokenizers import slow_folder
-from tests.unit.models.test_tokenizer_files import ids_of, sentences
+from tests.unit.models.test_tokenizer_files import (
+    ids_of,
+    model_folder,
+    sentencepiece_file,
+    sentences,
+)
 from tests.zoo.tokenizers import END, KINDS
 
 pytestmark = pytest.mark.unit
@@ -47,9 +51,17 @@ def test_pieces_spell_the_text(tokenizers, kind):
         assert pieces[tokenizer.convert_tokens_to_ids(token)] is None
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_pieces_of_a_slow_tokenizer(zoo, tmp_path, legacy):
-    folder = slow_folder(zoo("llama"), tmp_path / "model", "unigram", legacy=legacy)
+@pytest.mark.parametrize(
+    "kind, named, blank",
+    [
+        ("bpe", "LlamaTokenizer", True),
+        ("bpe", "PreTrainedTokenizerFast", False),
+        ("unigram", "PreTrainedTokenizerFast", False),
+    ],
+)
+def test_pieces_of_a_sentencepiece_file_alone(tmp_path, kind, named, blank):
+    folder = model_folder(tmp_path / "model", tokenizer_class=named)
+    sentencepiece_file(folder / "tokenizer.model", kind, add_dummy_prefix=blank)
     tokenizer = load_tokenizer(folder)
     pieces = token_bytes(tokenizer, folder)
     for text in TEXTS[:20]:

@@ -18,6 +18,8 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.processors import load_tokenizer
 from genrecal_ds.models.tokenizer_files import PROBE
+from tests.unit.models.test_chat_answer_masks import check_mask
+from tests.unit.models.test_vlm_every_family import chat
 from tests.zoo.tokenizers import texts
 
 pytestmark = pytest.mark.unit
@@ -99,6 +101,29 @@ def test_a_class_that_leaves_out_the_normalisation_of_its_file_is_refused(tmp_pa
     spec = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
     sentencepiece_file(folder / "tokenizer.model", "bpe", **spec)
     assert "splits text otherwise than this file" in refusal(folder)
+
+
+@pytest.mark.parametrize("named", ["BertGenerationTokenizer", "SiglipTokenizer", "ByT5Tokenizer"])
+def test_a_tokenizer_without_offsets_is_refused_and_the_fix_helps(zoo, tmp_path, named):
+    folder = tmp_path / "model"
+    shutil.copytree(zoo("llama"), folder)
+    (folder / "tokenizer.json").unlink()
+    raw = sentencepiece_file(folder / "tokenizer.model", "bpe")
+    shutil.copy(folder / "tokenizer.model", folder / "spiece.model")  # one name per class
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**said, "tokenizer_class": named}))
+    message = refusal(folder)
+    assert f"{folder}: {named} gives no character offsets" in message
+    assert "set tokenizer_class in tokenizer_config.json to" in message
+    assert "LlamaTokenizer" in message
+    said |= {"tokenizer_class": "LlamaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 600}))
+    encoder = ChatEncoder(folder, 100)
+    assert ids_of(encoder.tokenizer, PROBE) == raw.encode(PROBE)
+    found = check_mask(encoder, chat((0, "3 plus 8?", "is 11"), (0, "\u4e2d", "caf\u00e9 7")))
+    assert len(found.answers) == 2
 
 
 def test_a_tiktoken_file_gives_the_ids_of_tiktoken(tmp_path, zoo):

@@ -12,10 +12,10 @@ from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.evaluate.generate import Generator
-from genrecal_ds.export import write_student
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.head import FrozenHead, load_final_norm, load_frozen_head
 from genrecal_ds.models.recalibrator import Recalibrator
+from genrecal_ds.models.saving import write_student
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
 from genrecal_ds.objectives.base import TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal

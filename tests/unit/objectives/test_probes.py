@@ -27,7 +27,7 @@ def test_questions_come_from_the_next_sample_counted_from_their_ends(with_regula
     ]
     batch = collate(pairs, pairs[0], ({}, {}), with_regular)
     moved = exchanged_questions(batch.teacher, student_length=9)
-    source = batch.teacher.packing.source_P
+    source = batch.teacher.layout.source_P
     assert torch.equal(moved[source < 0], source[source < 0])  # the teacher's rows stay
     own = source[source >= 0].tolist()
     assert own == [0, 1, 2, 9, 10, 11, 12, 13, 15, 16, 18, 19]

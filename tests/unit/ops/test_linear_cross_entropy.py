@@ -142,18 +142,6 @@ def test_low_precision_is_no_worse_than_plain_torch():
         assert error <= plain_error
 
 
-def test_padding_columns_get_no_gradient_and_count_nothing():
-    rows, labels, weight, _, row_weights = make()
-    padded = torch.cat([weight, 50 * torch.ones(5, D)]).requires_grad_()
-    head = Head(padded, valid_vocab=V)
-    total, per_row = linear_cross_entropy(rows, labels, head, row_weights)
-    expected, expected_per_row = linear_cross_entropy(rows, labels, Head(weight), row_weights)
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(per_row, expected_per_row)
-    total.backward()
-    assert padded.grad[V:].abs().max() == 0 and padded.grad[:V].abs().max() > 0
-
-
 def test_no_rows_and_all_rows_masked():
     rows, labels, weight, _, row_weights = make()
     for keep, masked in ((slice(0, 0), labels[:0]), (slice(None), torch.full((N,), -100))):

@@ -92,21 +92,6 @@ def test_no_chunk_is_larger_than_its_share():
     assert seen == [(0, 5), (5, 0), (5, 56)]
 
 
-def test_columns_of_padding_are_not_shown_and_get_no_gradient():
-    *tensors, target = make()
-    leaves = [x.requires_grad_() for x in tensors]
-    head = Head(leaves[1], leaves[2], valid_vocab=V - 7)
-    total, _ = linear_distance(leaves[0], head, to_target(target[:, : V - 7]))
-    total.backward()
-    assert leaves[1].grad[V - 7 :].abs().sum() == leaves[2].grad[V - 7 :].abs().sum() == 0
-    _, (_, of_weight, _) = truth(
-        leaves[0], leaves[1][: V - 7], leaves[2][: V - 7], target[:, : V - 7]
-    )
-    torch.testing.assert_close(
-        3 * leaves[1].grad[: V - 7].double(), of_weight, rtol=1e-4, atol=3e-6
-    )
-
-
 def test_rows_that_nothing_depends_on_have_a_gradient_of_zeros():
     *tensors, _ = make()
     leaves = [x.requires_grad_() for x in tensors]

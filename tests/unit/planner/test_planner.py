@@ -104,7 +104,7 @@ def test_flops_by_hand(qwen):
 
 def test_the_last_block_reads_all_rows_and_runs_on_the_answers(qwen):
     load = qwen["distill"]
-    plain = arranged(Work(load, 1, 128, SAMPLE), "distill", Setting(), 1)
+    plain = arranged(Work(load, 1, 128, SAMPLE), Setting(), 1)
     packed = flops.recalibrator_forward(plain, SAMPLE)
     whole = flops.recalibrator_forward(replace(plain, packed_recalibrator=False), SAMPLE)
     assert 0.5 < packed / whole < 0.6  # 44 % less, at 11 answer rows in 12
@@ -114,16 +114,16 @@ def test_bytes_on_the_wire(qwen):
     load = qwen["distill"]
     body = 73_405_560_320 - 152_064 * 8192 - load.teacher.small
     assert wire(load).teacher == 2 * body * 127 // 128
-    host = arranged(Work(load, 1, 1024, SAMPLE), "distill", Setting("zero3_host"), 1)
+    host = arranged(Work(load, 1, 1024, SAMPLE), Setting("zero3_host"), 1)
     assert wire(host).teacher == 2 * body * 7 // 8
     assert wire(load).reduced == received(4 * load.trained, 128)
-    cached = arranged(Work(load, 1, 1024, SAMPLE), "distill", Setting(cache=True), 1)
+    cached = arranged(Work(load, 1, 1024, SAMPLE), Setting(cache=True), 1)
     assert wire(cached).teacher == 0
 
 
 def test_a_step_takes_the_longer_of_computing_and_gathering(qwen):
     work = Work(qwen["distill"], 9e6, 4096, SAMPLE)
-    load = arranged(work, "distill", Setting(), 1)
+    load = arranged(work, Setting(), 1)
     assert micro_steps(load, 4096) == 32 and micro_steps(load, 4097) == 0
     step = step_seconds(load, SAMPLE, MACHINE, 4096)
     teacher = 32 * flops.of_stage(load, SAMPLE)["teacher"] / (312e12 * 0.4)
@@ -136,9 +136,7 @@ def test_a_step_takes_the_longer_of_computing_and_gathering(qwen):
 def test_several_batches_in_a_forward_gather_less(qwen):
     work = Work(qwen["distill"], 9e6, 4096, SAMPLE)
     one, four = (
-        step_seconds(
-            arranged(work, "distill", Setting(forward_batches=k), 1), SAMPLE, MACHINE, 4096
-        )
+        step_seconds(arranged(work, Setting(forward_batches=k), 1), SAMPLE, MACHINE, 4096)
         for k in (1, 4)
     )
     assert four.teacher_gathers == pytest.approx(one.teacher_gathers / 4)

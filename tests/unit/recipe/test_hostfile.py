@@ -3,7 +3,7 @@
 import pytest
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.recipe.hostfile import read_hostfile
+from genrecal_ds.recipe.hostfile import cluster_of, read_hostfile
 
 pytestmark = pytest.mark.unit
 
@@ -47,3 +47,18 @@ def test_bad_lines_are_refused(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_hostfile(tmp_path / "none")
+
+
+def test_a_cluster_is_as_stated_or_as_here_or_assumed(tmp_path):
+    local_gpus = [80 << 30, 40 << 30]
+    here = cluster_of(None, None, None, local_gpus)
+    assert (here.gpus, here.per_host, here.gpu_bytes) == (2, 2, 40 << 30)
+    assert here.host_bytes and here.described.endswith("of 40 GiB (as here), at most 2 on a host")
+    stated = cluster_of(16, 24.0, None, local_gpus)
+    assert stated[:4] == (16, 2, 24 << 30, None)
+    assert cluster_of(None, None, None, [])[:4] == (1, 1, 80 << 30, None)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=4\nb slots=8\n")
+    assert cluster_of(None, None, hosts, [])[:4] == (12, 8, 80 << 30, None)
+    with pytest.raises(UserError, match="leave one of the two out"):
+        cluster_of(4, None, hosts, local_gpus)

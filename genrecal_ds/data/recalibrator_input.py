@@ -17,7 +17,7 @@ from torch import Tensor
 class TurnRows(NamedTuple):
     """What one turn puts into a packed sequence."""
 
-    question: np.ndarray  # numbers of source rows, as Packing.source_P writes them
+    question: np.ndarray  # numbers of source rows, as RecalibratorInput.source_P writes them
     answer: np.ndarray
     own_positions: np.ndarray  # of both: each row's place in the sequence its model read
 
@@ -36,7 +36,7 @@ class Turns(NamedTuple):
     max_keys: int
 
 
-class Packing(NamedTuple):
+class RecalibratorInput(NamedTuple):
     """Where every packed row comes from, and which rows predict.
 
     A packed sequence is `q1 a1 q2 a2 .. qK aK` of one conversation. The sequences of one pass
@@ -55,7 +55,9 @@ class Packing(NamedTuple):
     max_seqlen: int
 
 
-def pack(sequences: list[list[TurnRows]], num_student_rows: int, num_teacher_rows: int) -> Packing:
+def lay_out(
+    sequences: list[list[TurnRows]], num_student_rows: int, num_teacher_rows: int
+) -> RecalibratorInput:
     """Lay out the conversations of all passes, in order; each is a list of turns."""
     source: list[np.ndarray] = []
     sequence, positions, loss_rows, keys, offset = [], [], [], [], 0
@@ -72,7 +74,7 @@ def pack(sequences: list[list[TurnRows]], num_student_rows: int, num_teacher_row
         offset += length
     source_P = np.concatenate(source)
     own_positions = [turn.own_positions for turns in sequences for turn in turns]
-    return Packing(
+    return RecalibratorInput(
         _tensor(source_P, np.int32),
         _tensor(_uses(source_P, num_student_rows, num_teacher_rows), np.int32),
         _tensor(np.concatenate(sequence)),
