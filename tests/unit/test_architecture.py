@@ -12,12 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests import file_map
+from genrecal_ds.recipe.kinds import KINDS
 
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("genrecal_ds", "data_tools", "ds_configs", "launch")
+# From the ground up: a room imports rooms below it alone.
+FLOORS = (
+    "errors", "ops", "dist", "recipe", "console", "data", "models", "objectives", "estimate",
+    "evaluate", "training", "planner", "analysis", "ablate", "export", "status", "doctor",
+)  # fmt: skip
 OPS_MAY_IMPORT = {"torch", "triton", "genrecal_ds.ops", "genrecal_ds.errors"}
 DATA_TOOLS_MAY_IMPORT = (
     "genrecal_ds.recipe.config",
@@ -208,33 +213,91 @@ def test_importing_leaves_torch_out(module: str):
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_files_of_launch_import_one_another_in_no_circle():
+def arrows(*places: str) -> dict[str, set[str]]:
+    """Every module and the modules among them that it imports, also inside functions."""
     files = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sources("launch")
+        for path in sources(*places)
     }
-    wanted = {
-        module: {
-            other
-            for other in files
-            if other not in (module, "launch") and any(is_in(n, other) for n in imported(path))
-        }
-        for module, path in files.items()
-    }
+    found: dict[str, set[str]] = {}
+    for module, path in files.items():
+        # `from a.b import c` is an arrow to a.b.c where that is a module, else to a.b.
+        names = {name if name in files else name.rpartition(".")[0] for name in imported(path)}
+        found[module] = (names & files.keys()) - {module}
+    return found
+
+
+def circles(wanted: dict[str, set[str]]) -> set[str]:
+    """Modules that import each other in a loop, or that need one that does."""
     while leaves := {module for module, others in wanted.items() if not others & wanted.keys()}:
         wanted = {module: others for module, others in wanted.items() if module not in leaves}
-    assert not wanted, f"a circle among {sorted(wanted)}"
+    return set(wanted)
+
+
+def room_of(module: str) -> str:
+    """The entry at the top of genrecal_ds that holds a module."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == set()
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
+
+
+def test_no_circle_and_no_arrow_upwards():
+    """Prints, with pytest -s, what the house looks like."""
+    house = arrows("genrecal_ds")
+    between = {(room_of(a), room_of(b)) for a, others in house.items() for b in others}
+    between = {(a, b) for a, b in between if a != b and a and b}
+    upwards = [(a, b) for a, b in between if FLOORS.index(a) <= FLOORS.index(b)]
+    top = [path for path in (ROOT / "genrecal_ds").iterdir() if path.is_file()]
+    num_lines = sum(len(path.read_text().splitlines()) for path in sources("genrecal_ds"))
+    in_circles = circles(house) | circles(arrows("launch"))
+    print(
+        f"\ngenrecal_ds: {num_lines} lines, {len(house)} modules, {len(top)} files at the top, "
+        f"{len({room_of(m) for m in house} - {''})} rooms, {len(between)} arrows between rooms, "
+        f"{len(upwards)} upwards, {len(in_circles)} modules in circles"
+    )
+    assert in_circles == set() and upwards == []
+    assert len(top) <= 8
+
+
+def compared_strings(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of every string that a comparison or a match names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            for child in ast.walk(node):
+                if isinstance(child, ast.Constant) and isinstance(child.value, str):
+                    yield child.lineno, child.value
+
+
+def test_only_the_table_of_kinds_knows_their_names():
+    """A comparison with a kind's name anywhere else would be a second description of it."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text!r}"
+        for path in sources(*PACKAGES)
+        if path != ROOT / "genrecal_ds/recipe/kinds.py"
+        for line, text in compared_strings(path)
+        if text in KINDS
+    ]
+    print(f"\ncomparisons with a kind's name outside recipe/kinds.py: {len(found)}")
+    assert found == []
+
+
+def test_unit_tests_lie_where_their_module_does():
+    """tests/unit/ROOM/test_MODULE.py or test_MODULE_ASPECT.py, MODULE anywhere in the room."""
+    lost = []
+    for path in sources("tests/unit"):
+        place = path.relative_to(ROOT / "tests/unit")
+        if not path.name.startswith("test_") or len(place.parts) == 1:
+            continue
+        room = place.parent.as_posix()
+        folder = ROOT / (room if room.split("/")[0] in PACKAGES else f"genrecal_ds/{room}")
+        modules = {entry.stem for entry in folder.rglob("*")} | {folder.name}
+        if not any(path.stem == f"test_{m}" or path.stem.startswith(f"test_{m}_") for m in modules):
+            lost.append(place.as_posix())
+    assert lost == []
 
 
 def test_no_utils():
     assert [path for path in sources(*PACKAGES) if path.stem in ("utils", "util", "helpers")] == []
-
-
-def test_the_file_map_equals_the_tree():
-    assert file_map.MAP.read_text() == file_map.map_text(), "docs/map.md is old: run `make map`"
-
-
-@pytest.mark.parametrize("package", file_map.PACKAGES)
-def test_every_module_says_in_one_line_what_it_does(package: str):
-    lines = {path: file_map.first_line(path) for path in sources(package)}
-    assert [path for path, line in lines.items() if len(line) > 100] == []
