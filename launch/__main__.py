@@ -1,4 +1,4 @@
-"""Start a run over hosts, with its logs and its end in order.
+"""Starts a run over several hosts; keeps its logs and says how it ended.
 
 python -m launch RECIPE.yaml --hostfile HOSTS [key=value ...]
 

@@ -1,4 +1,4 @@
-"""The arguments that several commands of launch take."""
+"""Parses the arguments that several commands of launch take."""
 
 import argparse
 from collections.abc import Sequence

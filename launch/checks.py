@@ -1,4 +1,4 @@
-"""What is refused before torch is imported: another torch than ours, a recipe that cannot run."""
+"""Refuses before torch is imported: another torch than ours, a recipe that cannot run."""
 
 import argparse
 import re

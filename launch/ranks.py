@@ -1,4 +1,4 @@
-"""Which rank this process is, where the launcher that started it does not say it in our way."""
+"""Finds which rank this process is where the launcher does not say it in our way."""
 
 import os
 from collections.abc import Sequence

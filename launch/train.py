@@ -1,4 +1,4 @@
-"""Run a recipe's stages.
+"""Runs a recipe's stages; every rank runs this file.
 
 deepspeed --num_accelerators 2 launch/train.py RECIPE.yaml [key=value ...]
 deepspeed --hostfile HOSTS launch/train.py RECIPE.yaml [key=value ...]

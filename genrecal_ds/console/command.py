@@ -1,4 +1,4 @@
-"""Entry points of commands: a user's mistake is one line on stderr, and exit code 2."""
+"""Runs a command's main: a user's mistake is one line on stderr, and exit code 2."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""What a stage trains and how large it is, on the meta device: no weights, no memory."""
+"""Shows what a stage trains and how large it is, on the meta device: no weights, no memory."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a stage, per sample and phase, by arithmetic. Imports no torch.
+"""Counts a stage's floating-point operations by arithmetic, per sample and phase. No torch.
 
 A multiply-add counts as two. Counted are products with weights, and attention's two products over
 the pairs that a causal mask leaves. Norms, activations, softmax and the vision encoder's own

@@ -1,4 +1,4 @@
-"""How much memory a stage needs on a GPU and on a host, by arithmetic. Imports no torch.
+"""Computes by arithmetic how much memory a stage needs on a GPU and on a host. No torch.
 
 One formula per part, each named where it is computed; `n` is a number of parameters, `w` the
 bytes of a weight (2 in bf16, 4 in fp32). Parts that never exist together belong to phases:

@@ -1,4 +1,4 @@
-"""What memory.py calculates with, taken from a recipe's folders. Needs no weights and no GPU."""
+"""Reads the sizes that memory.py needs from a recipe's folders: no weights, no GPU."""
 
 from dataclasses import replace
 

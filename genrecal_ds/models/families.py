@@ -134,8 +134,8 @@ FAMILIES: dict[str, Family] = {
         },
         {"image_pixel_values": "tiles", "image_sizes": "rows", "image_attention_mask": "tiles"},
         packs=False,
-        # With sdpa its eyes see causally where a picture fills its crops, and fully where it does
-        # not, or where another picture of the batch does not (transformers 5.23).
+        # With sdpa its vision encoder attends causally where a picture fills its crops, and fully
+        # where this or another picture of the batch does not (transformers 5.23).
         attention="eager",
         needs_torchvision=True,
     ),

@@ -1,4 +1,4 @@
-"""The teacher's frozen head: read from its folder without building the model, whole on every rank.
+"""Reads the teacher's frozen head from its folder, whole on every rank, without the model.
 
 The gradient of the rows is formed in the forward, so backward needs nothing of the head, and no
 optimizer, checkpoint or ZeRO partition ever sees it.

@@ -197,7 +197,7 @@ def build_decoder(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:
             f"student text model {type(decoder).__name__}: no decoder adapter for it yet"
         )
     for name, module in decoder.named_children():
-        # The embedding; in Phi-4-multimodal, whose decoder is its whole body, eyes and ears too.
+        # The embedding; in Phi-4-multimodal, whose decoder is its whole body, all encoders too.
         if name not in ("layers", norm) and any(True for _ in module.parameters()):
             setattr(decoder, name, None)
     setattr(decoder, norm, nn.Identity())  # the Recalibrator has its own norm, after Proj-post

@@ -1,1 +1,1 @@
-"""What a stage minimises: one file for each objective, all on the skeleton of base.py."""
+"""Defines what a stage minimises: one file for each objective, all on base.py's skeleton."""

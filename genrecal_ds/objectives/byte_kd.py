@@ -1,4 +1,4 @@
-"""The student's own head against the teacher's, byte by byte: for any two tokenizers. Ours.
+"""Compares the student's next byte with the teacher's, for any two tokenizers. Ours.
 
     D = sum over shared boundaries of KL( next byte by head_l(z_l) || next byte by head_s(z_s) )
 

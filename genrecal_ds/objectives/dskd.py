@@ -1,4 +1,4 @@
-"""The student's rows, projected, through the teacher's head: DSKD's teacher space, by token place.
+"""Reads the student's projected rows through the teacher's head, paired by place (DSKD).
 
     D = KL( softmax head_l(z_l) || softmax head_l(W z_s) )
 

@@ -1,4 +1,4 @@
-"""GenRecal: two bodies -> token_align -> Recalibrator -> the teacher's frozen head -> losses.
+"""Forms GenRecal's loss: token_align -> Recalibrator -> the teacher's frozen head -> losses.
 
     align    L_ar + L_kl (mixed)  +  L_ar + L_kl (regular, the regulariser of Algorithm 2)
     distill  L_ar + L_kl (mixed)  +  CE(head_s(z_as), gt_s)

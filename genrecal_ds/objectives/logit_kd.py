@@ -1,4 +1,4 @@
-"""Logit distillation between models that share a tokenizer, over the whole vocabulary.
+"""Computes logit distillation between models that share a tokenizer, over all tokens.
 
 With p the teacher's distribution and q the student's, both softmax(logits / temperature):
 

@@ -1,4 +1,4 @@
-"""Multi-level optimal transport, for any two tokenizers (Cui et al., arXiv 2412.14528).
+"""Computes multi-level optimal transport, for any two tokenizers (arXiv 2412.14528).
 
     D = HAD + SEQUENTIAL sum_t -t log s + SINKHORN <P, C>
 

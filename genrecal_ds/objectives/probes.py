@@ -1,4 +1,4 @@
-"""What each class of rows learns, and from where: measurements beside the loss, without a gradient.
+"""Measures what each class of rows learns and from where, beside the loss.
 
 The mixed pass teaches the student through its question states. The probes exchange or remove those
 states and measure the losses again, and they take each term's gradient at the student's rows. The

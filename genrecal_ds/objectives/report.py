@@ -1,4 +1,4 @@
-"""What a step reports: sums with their counts, reduced once over ranks, and seconds per phase.
+"""Collects what a step reports: sums with counts, reduced once over ranks; seconds per phase.
 
 Means are kept as (sum, count) until the end: a mean of means depends on how a batch was split.
 """

@@ -1,4 +1,4 @@
-"""Baselines that hold the student's own answer rows against the teacher's.
+"""Compares the student's own answer rows with the teacher's: the skeleton of baselines.
 
     CE(head_s(z_s), gt_s) + losses.kl D
 

@@ -1,4 +1,4 @@
-"""CE(head_s(z_s), gt_s) alone: stages pretrain and sft, and the controls without a teacher."""
+"""Computes CE(head_s(z_s), gt_s) alone: pretrain, sft and the controls without a teacher."""
 
 from genrecal_ds.objectives.base import Ingredients, Objective
 

@@ -1,4 +1,4 @@
-"""Universal Logit Distillation, for any two tokenizers (Boizard et al., arXiv 2402.12030).
+"""Computes Universal Logit Distillation, for any two tokenizers (arXiv 2402.12030).
 
     D(s, t) = sum_i | sort(softmax t)_i - sort(softmax s)_i |
 

@@ -1,4 +1,4 @@
-"""Refusals that both operations share: one line, naming the argument and what would fit."""
+"""Refuses bad arguments in one line that names the argument and what would fit."""
 
 from typing import Literal
 

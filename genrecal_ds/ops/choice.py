@@ -1,4 +1,4 @@
-"""Whether the Triton kernels run: one rule for both fused operations."""
+"""Decides whether the Triton kernels run: one rule for both fused operations."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""GEMMs of low-precision operands kept in fp32, on CUDA and on the CPU.
+"""Multiplies low-precision operands and keeps the product in fp32, on CUDA and on the CPU.
 
 Shapes: n rows, H width, V vocabulary.
 

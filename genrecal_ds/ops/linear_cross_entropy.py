@@ -1,4 +1,4 @@
-"""Cross entropy through the STUDENT's head, in row chunks, with one dW.
+"""Computes cross entropy through the STUDENT's head, in row chunks, with one dW.
 
 Shapes: N loss rows, D student width, V student vocabulary.
 

@@ -1,4 +1,4 @@
-"""Any distance of the STUDENT's distributions to a target, through its head, in row chunks.
+"""Computes any distance of the STUDENT's distributions to a target, through its head, in chunks.
 
 Shapes: M rows, D student width, V student vocabulary, n rows of a chunk.
 

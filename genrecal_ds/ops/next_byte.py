@@ -1,4 +1,4 @@
-"""Distributions over the next byte, out of logits over tokens; their KL between two vocabularies.
+"""Turns logits over tokens into next-byte distributions; KL between two vocabularies.
 
 Two models with different tokens say the same kind of thing once asked for the next byte instead of
 the next token: at the start of a token the tokens' probabilities are summed by their first byte;

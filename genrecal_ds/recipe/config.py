@@ -1,4 +1,4 @@
-"""The recipe: its tree of keys, and the rules between them; recipe_file.py reads one.
+"""Defines the recipe: its tree of keys and the rules between them; recipe_file.py reads one.
 
 A renamed key is an unknown key; the error names the nearest valid one. Every number has one
 owner: batch sizes, learning rates and precision live here, never in ds_configs/*.json.

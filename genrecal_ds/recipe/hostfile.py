@@ -1,4 +1,4 @@
-"""Where a run may be started: hostfiles, checked, numbers of GPUs, a port of its own.
+"""Reads where a run may be started: hostfiles, checked, numbers of GPUs, a free port.
 
 DeepSpeed puts a host into an ssh command line as it stands: a line such as
 `-oProxyCommand=... slots=1` would run a command. So every line must match whole.

@@ -1,4 +1,4 @@
-"""The kinds of stages: one entry says what a kind trains, needs and costs, and what builds it.
+"""Lists the kinds of stages: what each trains, needs and costs, and what builds it.
 
 A new objective is one file in genrecal_ds/objectives/ and one entry here. The rest of the program
 asks the entry and never compares a kind's name, so this table is the only place that knows all

@@ -1,4 +1,4 @@
-"""A YAML file and overrides become a recipe, validated whole before torch is imported.
+"""Turns a YAML file and overrides into a recipe, validated whole before torch is imported.
 
 Every complaint is one line that names the file, the key and the fix. Also read here: DeepSpeed's
 JSON files, of which the recipe names two.

@@ -1,4 +1,4 @@
-"""One stage of a recipe: its keys and what they ask for; config.py has the whole tree."""
+"""Defines one stage of a recipe: its keys and the rules between them."""
 
 from typing import Annotated, Any, Literal
 

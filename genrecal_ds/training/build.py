@@ -1,4 +1,4 @@
-"""A recipe's stage becomes the parts a Trainer runs: data, engines, objective, exporter.
+"""Builds what a Trainer runs from a recipe's stage: data, engines, objective, exporter.
 
 The only place where models, data and engines meet.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or invisible, and verified before they are loaded.
+"""Writes checkpoints that are complete or invisible, and verifies them before loading.
 
 checkpoints/step-00000120.tmp/   being written; ignored, removed by the next save
 checkpoints/step-00000120/       complete: manifest.json with size and sha256 of every file

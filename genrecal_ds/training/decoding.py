@@ -1,4 +1,4 @@
-"""Answers of a student that is in training, by the modules that train, on all ranks together.
+"""Decodes answers of a student in training, by the modules that train, on all ranks at once.
 
 Every step of decoding reads the sequences again, without a cache of keys: that costs more, and
 needs nothing of a family but the body that trains, packed or not. Ranks do the same number of

@@ -1,4 +1,4 @@
-"""The only room that knows DeepSpeed: two ZeRO-3 engines in one process.
+"""Wraps DeepSpeed: two ZeRO-3 engines in one process, and sharded loading.
 
     build_sharded / load_sharded    models that never exist whole on any rank
     StudentEngine                   ONE trainable module with an optimizer

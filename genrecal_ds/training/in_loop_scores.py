@@ -1,4 +1,4 @@
-"""Scores of the student's own answers while it trains: greedy, on a few held-out samples."""
+"""Scores the student's own answers while it trains: greedy, on a few held-out samples."""
 
 from dataclasses import dataclass
 

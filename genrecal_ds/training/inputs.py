@@ -1,4 +1,4 @@
-"""What a run reads, opened and checked before any model is loaded: both tokenizers, all shards."""
+"""Opens and checks what a run reads before any model is loaded: tokenizers, all shards."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What makes a folder of files complete, whole and ours: digests, atomic writes, ownership.
+"""Marks a folder's files as complete, whole and ours: digests, atomic writes, ownership.
 
 manifest.json names every file with its size and sha256, and carries a digest of itself.
 """

@@ -1,4 +1,4 @@
-"""A stage's objective: the parts that its kind asks for, then the kind's own build."""
+"""Builds a stage's objective: the parts that its kind asks for, then the kind's own build."""
 
 from importlib import import_module
 from pathlib import Path

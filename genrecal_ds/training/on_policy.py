@@ -1,9 +1,9 @@
-"""Answers that the student gives itself, in the place of some of a step's given ones.
+"""Replaces some of a step's given answers by answers that the student gives itself.
 
-Sampled from the student as it stands, tokenised again for both models, and taught by the teacher's
-distributions alone: an answer of the student's own is no truth, so no cross entropy is taken on it
-(a rule of stage_config.StageConfig). What is drawn depends on the recipe's seed, the step and the
-sample, not on ranks, so that a resumed run draws the same.
+The answers are sampled from the student as it stands and tokenised again for both models. Only the
+teacher's distributions teach them: a generated answer may be wrong, so no cross entropy is trained
+on it (a rule of stage_config.StageConfig). The recipe's seed, the step and the sample decide what
+is drawn, not the ranks, so a resumed run draws the same.
 """
 
 import copy

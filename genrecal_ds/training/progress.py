@@ -1,4 +1,4 @@
-"""What a person sees while a stage trains: a live bar, memory, and a profiler on request."""
+"""Shows what a person sees while a stage trains: a live bar, memory, a profiler on request."""
 
 import math
 import resource

@@ -1,4 +1,4 @@
-"""What a finished stage leaves: RUN/STAGE/student and, where one trains, RUN/STAGE/recalibrator."""
+"""Writes what a finished stage leaves: its student and, where one trains, its recalibrator."""
 
 from collections.abc import Callable
 from pathlib import Path

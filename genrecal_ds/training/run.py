@@ -1,4 +1,4 @@
-"""A recipe's stages in order. Marker files say how it ended: exit codes do not survive launchers.
+"""Runs a recipe's stages in order; marker files say how a run ended, since exit codes get lost.
 
 RUN/DONE        every stage is finished
 RUN/STOPPED     it was asked to stop, and can go on; says why and where

@@ -1,4 +1,4 @@
-"""How the learning rate falls."""
+"""Computes the learning rate of a step: linear decay, no warm-up."""
 
 from genrecal_ds.recipe.config import OptimizerConfig
 from genrecal_ds.recipe.stage_config import StageConfig

@@ -1,4 +1,4 @@
-"""What a stage reads: its samples in order, validation samples, and the teacher's rows on disk."""
+"""Opens what a stage reads: its samples in order, validation samples, cached teacher rows."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The start of a run on this rank: inputs are opened, ranks join, devices are checked."""
+"""Starts a run on this rank: opens inputs, joins the ranks, checks devices."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Which steps are logged, and the lines of metrics.jsonl and ledger.jsonl."""
+"""Decides which steps are logged, and makes the lines of metrics.jsonl and ledger.jsonl."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The teacher's rows computed once: written beside stage 1, read by stage 2 in the teacher's place.
+"""Writes the teacher's rows beside stage 1, so that stage 2 reads them instead of running it.
 
 align      runs the teacher, and what it needs anyway goes to disk (a by-product)
 distill    rows that are missing are computed first, the teacher is freed, and from then on

@@ -1,4 +1,4 @@
-"""The teacher's rows of a step's micro-batches, one forward for each or one for several.
+"""Computes the teacher's rows of a step's micro-batches, in one forward each or for several.
 
 Shapes: A teacher rows entering the Recalibrator, N teacher loss rows, H teacher width.
 """

@@ -1,4 +1,4 @@
-"""The loop. Knows an objective and two engines by their interface, and no model.
+"""Runs the loop of a stage; knows an objective and two engines by their interface only.
 
 for each step: fetch all micro-batches -> count rows over all ranks -> teacher rows, forward,
 backward each -> update -> report

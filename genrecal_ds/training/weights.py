@@ -1,4 +1,4 @@
-"""Both models and the Recalibrator as a stage runs them: sharded or whole, filled or not."""
+"""Loads both models and the Recalibrator as a stage runs them: sharded or whole."""
 
 from pathlib import Path
 

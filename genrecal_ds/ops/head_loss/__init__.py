@@ -1,4 +1,4 @@
-"""head_loss: a*CE + b*KL through the frozen teacher head, never holding all logits at once.
+"""Computes a*CE + b*KL through the frozen teacher head, never holding all logits at once.
 
 Shapes: K passes that share teacher rows and labels (1, or 2 in stage 1: mixed, regular),
 N loss rows, H teacher width, V vocabulary.

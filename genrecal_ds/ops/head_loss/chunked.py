@@ -1,4 +1,4 @@
-"""head_loss chunk by chunk: cuBLAS GEMMs, one epilogue, the rows' gradient formed on the way.
+"""Runs head_loss chunk by chunk: GEMMs, one epilogue, the rows' gradient formed on the way.
 
 Shapes: K passes, N loss rows, n rows of a chunk, H teacher width, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""What head_loss takes and gives, and every refusal of bad input.
+"""Defines what head_loss takes and gives, and refuses bad input.
 
 Shapes: K passes that share teacher rows and labels (1, or 2 in stage 1: mixed, regular),
 N loss rows, H teacher width, V vocabulary.

@@ -1,4 +1,4 @@
-"""From logits to losses and dlogits, in place, in torch: the CPU's path and the kernels' twin.
+"""Turns logits into losses and dlogits, in place, in torch: the CPU's path.
 
 Shapes: K passes, n rows of a chunk, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""The epilogue as two Triton kernels: row statistics, then dlogits. One program per row.
+"""Computes the epilogue in two Triton kernels: row statistics, then dlogits; a program a row.
 
 Shapes: K passes, n rows of a chunk, V vocabulary.
 

@@ -1,4 +1,4 @@
-"""token_align: student and teacher rows become the Recalibrator's packed input, in one call.
+"""Projects and gathers student and teacher rows into the Recalibrator's packed input.
 
 Shapes: B batch, S student length, D student width, H teacher width, A teacher rows used,
 R = B*S + A source rows, U most uses of one row, P packed rows.

@@ -1,4 +1,4 @@
-"""token_align's gather and its transpose as Triton kernels.
+"""Runs token_align's gather and its transpose as Triton kernels.
 
 Shapes: D student width, A teacher rows used, R source rows, U most uses of one row, P packed rows.
 """

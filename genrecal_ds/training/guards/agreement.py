@@ -1,4 +1,4 @@
-"""What all ranks must know of a step before its first forward: one all-reduce of a few numbers.
+"""Tells all ranks what they must know of a step before its first forward: one all-reduce.
 
 Row counts (the losses' denominators), what became of the samples, whether anyone asks to stop,
 which samples the ranks really read, and whether they are about to call the same modules.

@@ -1,4 +1,4 @@
-"""What became of the samples of a stage, over all ranks: seen, left out, damaged, shortened."""
+"""Counts a stage's samples over all ranks: seen, left out, damaged, shortened."""
 
 import sys
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Signs that the method does not do what it is for, read from a logged step's probes.
+"""Warns of signs that the method does not work, read from a logged step's probes.
 
 Each is a comparison that holds in a sound run (docs/method.md, "Health"), said once in a stage.
 Early in a stage none is: the Recalibrator starts from noise.

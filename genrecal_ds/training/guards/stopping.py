@@ -1,4 +1,4 @@
-"""A request to stop, by a signal or a file; the ranks heed it together, at the end of a step.
+"""Listens for a stop request, by signal or file; ranks stop together at a step's end.
 
 SIGUSR1 and SIGTERM are what SLURM, launchers and people send before a job is taken away. A rank
 only remembers them: if it left by itself, the others would wait in a collective for ever.

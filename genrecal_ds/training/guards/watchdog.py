@@ -1,4 +1,4 @@
-"""A stall becomes an error: a thread that sees no progress says who, where and why, and ends it.
+"""Turns a stall into an error that says who, where and why, and ends the process.
 
 Every rank tells a common store how far it is. The rank that is least far holds up the others: one
 that is stopped or gone cannot say so itself. Ending the process is what frees the machines; a
