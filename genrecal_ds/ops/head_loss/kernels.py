@@ -38,7 +38,7 @@ def _logits(
     if HAS_BIAS:
         x += tl.load(bias + columns, mask=mask, other=0.0).to(x.dtype)
     x = x * scale
-    if HAS_CAP:
+    if HAS_CAP:  # ops/softcap.py, whose torch a kernel cannot call
         x = softcap * _tanh(x / softcap)
     return tl.where(mask, x, float("-inf"))
 
