@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genrecal_ds import IGNORE
 from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.packed import Packing, TurnRows, pack
 from genrecal_ds.data.pair import EncodedChat, Pair
 from genrecal_ds.data.passes import aligned, mixed, regular
-
-IGNORE = -100  # label of rows that teach nothing
 
 
 class Alignment(NamedTuple):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds import IGNORE
 from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients, RowStats
 
 # Wider than a row's registers hold is slower: 32K columns measured 3x slower than a compiler's
