@@ -17,3 +17,4 @@ Shape suffixes used in tensor code:
 """
 
 __version__ = "0.1.0"
+IGNORE = -100  # the label of a row that teaches nothing, as in torch's cross_entropy

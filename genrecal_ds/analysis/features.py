@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from genrecal_ds import IGNORE
 from genrecal_ds.analysis.probes import TrainedStage
-from genrecal_ds.data.batch import IGNORE
 from genrecal_ds.data.pair import Pair
 from genrecal_ds.models.head import load_final_norm
 from genrecal_ds.models.recalibrator import Recalibrator

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from genrecal_ds import IGNORE
 from genrecal_ds.console.command import command
-from genrecal_ds.data.batch import IGNORE, PairBatch, collate
+from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.pair import Pair

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genrecal_ds import IGNORE
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.pair import EncodedChat, Pair
 from genrecal_ds.data.passes import mixed, regular
 from genrecal_ds.data.recalibrator_input import RecalibratorInput, lay_out
-
-IGNORE = -100  # label of rows that teach nothing
 
 
 class SideBatch(NamedTuple):

@@ -16,6 +16,7 @@ from genrecal_ds.models.loading import Checkpoint, Source, find_sources
 from genrecal_ds.models.vlm import logit_transform, read_config, skeleton
 from genrecal_ds.ops.gemm import project_, wide
 from genrecal_ds.ops.head_loss import Head, HeadLoss, head_loss
+from genrecal_ds.ops.softcap import softcapped
 
 
 class FrozenHead:
@@ -43,7 +44,7 @@ class FrozenHead:
         project_(out_nV, rows_nH, weight)
         out_nV = out_nV if bias is None else out_nV + bias
         out_nV = out_nV * scale
-        return out_nV if softcap is None else softcap * torch.tanh(out_nV / softcap)
+        return softcapped(out_nV, softcap)
 
 
 def load_frozen_head(folder: str | Path, dtype: torch.dtype, device: torch.device) -> Head:

@@ -36,6 +36,7 @@ from genrecal_ds.models.remote import is_allowed
 from genrecal_ds.ops.head_loss import Head
 from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
 from genrecal_ds.ops.linear_distance import MATRICES, ChunkDistance, linear_distance
+from genrecal_ds.ops.softcap import softcapped
 
 # bf16 rounds twice on the two ways to the same logits; fp32 only orders sums differently.
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -297,9 +298,7 @@ def logit_transform(config: PreTrainedConfig) -> LogitTransform:
 
 def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
     logits = logits * transform.scale
-    if transform.softcap is None:
-        return logits
-    return transform.softcap * torch.tanh(logits / transform.softcap)
+    return softcapped(logits, transform.softcap)
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from genrecal_ds.data.batch import IGNORE, PairBatch, StudentBatch, TeacherBatch
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import PairBatch, StudentBatch, TeacherBatch
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.head import FrozenHead

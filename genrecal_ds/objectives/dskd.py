@@ -13,7 +13,8 @@ Shapes: M student loss rows, N teacher loss rows, D student width, H teacher wid
 
 from torch import Tensor, nn
 
-from genrecal_ds.data.batch import IGNORE, PairBatch
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.objectives.base import Ingredients, TeacherRows
 from genrecal_ds.objectives.student_kd import StudentKD, paired_rows
 

@@ -9,7 +9,8 @@ entering the Recalibrator, N teacher loss rows, K passes (mixed; in align also r
 
 from torch import Tensor
 
-from genrecal_ds.data.batch import IGNORE, TeacherBatch
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import TeacherBatch
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.objectives.base import Ingredients, Objective, Seen

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genrecal_ds.data.batch import IGNORE, PairBatch
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.objectives.base import Ingredients, TeacherRows
 from genrecal_ds.objectives.student_kd import StudentKD, paired_rows
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.batch import IGNORE, StudentBatch, TeacherBatch
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import StudentBatch, TeacherBatch
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.vlm import LanguageHead

@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genrecal_ds.data.batch import IGNORE, PairBatch
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.models.head import FrozenHead
 from genrecal_ds.objectives.base import Ingredients, Objective, Seen, TeacherRows
 from genrecal_ds.objectives.probes import probe_student_rows

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds import IGNORE
 
 
 def expect(

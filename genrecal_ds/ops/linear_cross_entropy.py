@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds import IGNORE
 from genrecal_ds.ops.checks import check_labels, expect
 from genrecal_ds.ops.choice import chosen
 from genrecal_ds.ops.gemm import add_product_, project_, scaled, wide

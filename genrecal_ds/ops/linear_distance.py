@@ -18,6 +18,7 @@ from genrecal_ds.ops.checks import expect
 from genrecal_ds.ops.gemm import add_product_, project_, rows_per_chunk, scaled, wide
 from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE
 from genrecal_ds.ops.head_loss.contract import Head
+from genrecal_ds.ops.softcap import softcapped
 
 ChunkDistance = Callable[[Tensor, slice], Tensor]  # (logits [n, V] of the rows, these) -> [n]
 # Of a chunk's logits' size that any distance may hold: JSD's 11, ULD's 10 and what a GPU sorts in,
@@ -110,8 +111,7 @@ def _of_chunk(
         logits_nV = leaf_nV if head.bias_V is None else leaf_nV + head.bias_V.detach()
         if head.scale != 1.0:
             logits_nV = logits_nV * head.scale
-        if head.softcap is not None:
-            logits_nV = head.softcap * torch.tanh(logits_nV / head.softcap)
+        logits_nV = softcapped(logits_nV, head.softcap)
         distance_n = distance(logits_nV, part)
         if not distance_n.requires_grad:
             return distance_n, None

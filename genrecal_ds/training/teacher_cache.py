@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genrecal_ds import dist
-from genrecal_ds.data.batch import IGNORE, PairBatch, SideBatch, to_device
+from genrecal_ds import IGNORE, dist
+from genrecal_ds.data.batch import PairBatch, SideBatch, to_device
 from genrecal_ds.data.features import SCALED_TOGETHER, Features, FeatureStore, FeatureWriter
 from genrecal_ds.data.index import ShardIndex, file_sha256
 from genrecal_ds.data.loader import CachedPairEncoders, PairDataset, PairEncoders, micro_batches

@@ -5,7 +5,7 @@ Its entry in the table of kinds is made by ranks_toy_kind.py; no other file know
 Shapes: M student loss rows, D student width, H teacher width.
 """
 
-from genrecal_ds.data.batch import IGNORE
+from genrecal_ds import IGNORE
 from genrecal_ds.objectives.base import Ingredients, Objective
 from genrecal_ds.objectives.student_kd import paired_rows
 

@@ -23,7 +23,7 @@ FLOORS = (
     "errors", "ops", "dist", "recipe", "console", "data", "models", "objectives", "estimate",
     "evaluate", "training", "planner", "analysis", "ablate", "export", "status", "doctor",
 )  # fmt: skip
-OPS_MAY_IMPORT = {"torch", "triton", "genrecal_ds.ops", "genrecal_ds.errors"}
+OPS_MAY_IMPORT = {"torch", "triton", "genrecal_ds.ops", "genrecal_ds.errors", "genrecal_ds.IGNORE"}
 DATA_TOOLS_MAY_IMPORT = (
     "genrecal_ds.recipe.config",
     "genrecal_ds.data",

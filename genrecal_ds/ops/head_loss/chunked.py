@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds import IGNORE
 from genrecal_ds.ops.gemm import project_, rows_per_chunk, wide
 from genrecal_ds.ops.head_loss.contract import Head
 from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients, RowStats, softmax_epilogue_

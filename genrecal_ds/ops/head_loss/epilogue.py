@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds import IGNORE
 from genrecal_ds.ops.head_loss.contract import Head
+from genrecal_ds.ops.softcap import softcap_
 
 CPU_BLOCK_BYTES = 1 << 20  # of one logits matrix; a core's second-level cache
 
@@ -138,14 +139,9 @@ def _block_rows(logits_KnV: Tensor) -> int:
 
 
 def transform_(logits_nV: Tensor, head: Head, needs_slope: bool) -> Tensor | None:
-    """Apply bias, scale and softcap in place; the softcap's slope [n, V], where wanted."""
+    """Apply bias, scale and softcap in place. Returns softcap_'s slope [n, V]."""
     if head.bias_V is not None:
         logits_nV.add_(head.bias_V)
     if head.scale != 1.0:
         logits_nV.mul_(head.scale)
-    if head.softcap is None:
-        return None
-    logits_nV.div_(head.softcap).tanh_()
-    slope_nV = 1 - logits_nV.square() if needs_slope else None  # d softcap(x)/dx = 1 - tanh^2
-    logits_nV.mul_(head.softcap)
-    return slope_nV
+    return softcap_(logits_nV, head.softcap, needs_slope)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds import IGNORE
 from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients, RowStats
 
 # Wider than a row's registers hold is slower: 32K columns measured 3x slower than a compiler's
@@ -38,7 +38,7 @@ def _logits(
     if HAS_BIAS:
         x += tl.load(bias + columns, mask=mask, other=0.0).to(x.dtype)
     x = x * scale
-    if HAS_CAP:
+    if HAS_CAP:  # ops/softcap.py, whose torch a kernel cannot call
         x = softcap * _tanh(x / softcap)
     return tl.where(mask, x, float("-inf"))
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from genrecal_ds.ops import IGNORE
+from genrecal_ds import IGNORE
 from genrecal_ds.ops.head_loss.contract import Head, HeadLoss
+from genrecal_ds.ops.softcap import softcapped
 
 
 def head_loss_reference(
@@ -52,7 +53,7 @@ def logits(head: Head, rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
     bias = None if head.bias_V is None else head.bias_V.detach().to(dtype)
     values = linear(rows.to(dtype), head.weight_VH.detach().to(dtype), bias) * head.scale
-    return values if head.softcap is None else head.softcap * torch.tanh(values / head.softcap)
+    return softcapped(values, head.softcap)
 
 
 def _forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:

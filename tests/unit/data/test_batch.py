@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from genrecal_ds.data.batch import IGNORE, collate, collate_vision
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import collate, collate_vision
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.pair import EncodedChat, Pair, Unusable, encode_pair
 

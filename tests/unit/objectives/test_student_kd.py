@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from genrecal_ds.data.batch import IGNORE, PairBatch
+from genrecal_ds import IGNORE
+from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.errors import UserError
 from genrecal_ds.objectives.logit_kd import divergence
 from genrecal_ds.objectives.student_kd import paired_rows
