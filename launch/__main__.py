@@ -14,39 +14,29 @@ from pathlib import Path
 from genrecal_ds.console.command import command
 from genrecal_ds.console.redact import redact_output
 from genrecal_ds.recipe.hostfile import read_hostfile
-from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
+from launch.arguments import recipe_parser
 from launch.attempt import begin, outcome
+from launch.checks import read_recipe
 from launch.hosts import LOCAL_HOSTS, run_over
-from launch.train import find_recipe
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("recipe", help="a YAML file, or the name of one in launch/recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser = recipe_parser("python -m launch", __doc__)
     parser.add_argument("--hostfile", type=Path, required=True, help="lines: HOST slots=RANKS")
     parser.add_argument("--master_addr", help="of the first host, as others reach it")
     parser.add_argument("--master_port", type=int, default=29500)
-    parser.add_argument("--stage", help="train this one only")
-    parser.add_argument("--trust-checkpoint", action="store_true")
     arguments = parser.parse_intermixed_args(argv)
     redact_output()
     return start(arguments)
 
 
 def start(arguments: argparse.Namespace) -> int:
-    """As the module's docstring says. Raises UserError before anything is started."""
+    """Run over the hosts and return the exit code. Raises UserError before anything is started."""
     hosts = read_hostfile(arguments.hostfile)
-    recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
-    check_folders(recipe)
-    for stage in recipe.stages:
-        recipe.accumulation_steps(stage, sum(hosts.values()))
+    recipe = read_recipe(arguments, sum(hosts.values()))
     first = next(iter(hosts))
     address = arguments.master_addr or ("127.0.0.1" if first in LOCAL_HOSTS else first)
     logs = begin(recipe, hosts=hosts, arguments=[arguments.recipe, *arguments.overrides])

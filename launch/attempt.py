@@ -25,7 +25,7 @@ from genrecal_ds.console.redact import redact_tree
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from genrecal_ds.training.guards.stopping import STOP_FILE
-from launch.train import find_recipe
+from launch.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_WITHOUT_PROGRESS = 3
@@ -52,7 +52,7 @@ def begin(recipe: Recipe, **facts: Any) -> Path:
 
 
 def git_hash() -> str | None:
-    """Of the code that runs, + where files differ from it; None outside of a repository."""
+    """Ask git for the running code's commit; + where files differ, None without a repository."""
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

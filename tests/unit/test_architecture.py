@@ -207,6 +207,24 @@ def test_importing_leaves_torch_out(module: str):
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
+def test_files_of_launch_import_one_another_in_no_circle():
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources("launch")
+    }
+    wanted = {
+        module: {
+            other
+            for other in files
+            if other not in (module, "launch") and any(is_in(n, other) for n in imported(path))
+        }
+        for module, path in files.items()
+    }
+    while leaves := {module for module, others in wanted.items() if not others & wanted.keys()}:
+        wanted = {module: others for module, others in wanted.items() if module not in leaves}
+    assert not wanted, f"a circle among {sorted(wanted)}"
+
+
 def test_no_utils():
     assert [path for path in sources(*PACKAGES) if path.stem in ("utils", "util", "helpers")] == []
 

@@ -1,6 +1,5 @@
 """An installed wheel holds every module, recipe and template, and works from another folder."""
 
-import ast
 import os
 import re
 import shutil
@@ -78,13 +77,23 @@ def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path):
     assert done.stdout.split() == [str(installed), str(num_configs), str(num_recipes)]
 
 
-def test_torch_range_is_the_same_in_train_and_setup():
-    train = ast.parse((ROOT / "launch" / "train.py").read_text())
-    stated = [
-        ast.literal_eval(node.value)
-        for node in train.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TORCH_RANGE"
-    ]
+def test_a_checkout_and_a_wheel_know_the_torch_range_of_setup(wheel: Path, tmp_path: Path):
     bounds = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "setup.py").read_text())
     assert bounds is not None
-    assert stated == [tuple(tuple(map(int, bound.split("."))) for bound in bounds.groups())]
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    program = (
+        "from launch.checks import SETUP, torch_range\n"
+        "print(SETUP, SETUP.is_file(), *torch_range())\n"
+    )
+    for home, has_setup in ((ROOT, True), (tmp_path, False)):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": str(home)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        expected = [str(home / "setup.py"), str(has_setup), *bounds.groups()]
+        assert done.stdout.split() == expected

@@ -210,9 +210,9 @@ def test_command_exits_2_with_one_line(tmp_path, pair, shards):
 
 
 def test_a_torch_out_of_range_is_refused(tmp_path, pair, shards, monkeypatch, capsys):
-    from launch import train
+    from launch import checks, train
 
-    monkeypatch.setattr(train, "version", lambda package: "2.10.1+cu128")
+    monkeypatch.setattr(checks, "version", lambda package: "2.10.1+cu128")
     assert train.main([str(write(tmp_path))]) == 2
     assert "torch 2.10.1+cu128 is installed; genrecal_ds needs >= 2.11" in capsys.readouterr().err
 
