@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import yaml
 from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.hostfile import refuse_shared_devices
 from genrecal_ds.recipe.recipe_file import load_recipe
-from launch import attempt
+from launch import attempt, checks
 from launch.hosts import _node_command
 from launch.ranks import ranks_of_slurm
 from tests.fixtures import ROOT, environment
@@ -120,6 +121,20 @@ def test_ranks_of_slurm(monkeypatch):
     monkeypatch.setattr(os, "environ", {**task, "RANK": "0"})  # a launcher's word goes first
     ranks_of_slurm()
     assert os.environ["RANK"] == "0" and "WORLD_SIZE" not in os.environ
+
+
+def test_a_stage_that_is_not_there_and_ranks_that_do_not_divide_are_refused(recipe, monkeypatch):
+    monkeypatch.setattr(checks, "check_folders", lambda recipe: None)
+
+    def read(stage, num_ranks):
+        given = Namespace(recipe=str(recipe), overrides=[], stage=stage)
+        return checks.read_recipe(given, num_ranks)
+
+    assert read("sft", 4).stages[1].name == "sft"
+    with pytest.raises(UserError, match="--stage sfd: the recipe's stages are .*a-1.*sft"):
+        read("sfd", 4)
+    with pytest.raises(UserError, match="global_batch"):
+        read(None, 3)
 
 
 def test_two_ranks_on_one_gpu_are_refused():
