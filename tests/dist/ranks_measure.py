@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as torch_dist
 
-from genrecal_ds.objectives.base import report as metrics
+from genrecal_ds.objectives import report
 from tests.live_bytes import LiveBytes
 
 RANK = int(os.environ["RANK"])
 wire: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-clocks: list[metrics.Clock] = []
+clocks: list[report.Clock] = []
 
 
 def phase() -> str:
@@ -49,13 +49,13 @@ def main() -> int:
     counted("reduce_scatter_tensor", whole=1)
     if per_host:
         socket.gethostname = lambda: f"host{RANK // per_host}"
-    begin = metrics.Clock.__init__
+    begin = report.Clock.__init__
 
-    def remember(clock: metrics.Clock) -> None:
+    def remember(clock: report.Clock) -> None:
         begin(clock)
         clocks.append(clock)
 
-    metrics.Clock.__init__ = remember
+    report.Clock.__init__ = remember
     from launch.train import main as train
 
     with LiveBytes(phase) as live:
