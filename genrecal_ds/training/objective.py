@@ -9,7 +9,7 @@ from genrecal_ds.data.batch import Alignment
 from genrecal_ds.data.byte_matching import Aligner
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.head import FrozenHead, load_embedding, load_frozen_head
+from genrecal_ds.models.head import FrozenHead, load_frozen_head
 from genrecal_ds.models.recalibrator import load_recalibrator
 from genrecal_ds.models.token_bytes import byte_vocabulary, token_bytes
 from genrecal_ds.models.vlm import VLM
@@ -103,7 +103,6 @@ def _of_one_teacher(
     recalibrator = new_recalibrator(recipe, student, number)
     if recalibrator_folder:
         load_recalibrator(recalibrator, recalibrator_folder)
-    embedding = load_embedding(folder, dtype) if stage.answers.embeddings else None
     return GenRecal(
         student,
         recalibrator,
@@ -111,7 +110,7 @@ def _of_one_teacher(
         stage.losses,
         trains_student=stage.kind != "align",
         clock=clock,
-        answers=AnswerInputs(stage.answers, embedding),
+        answers=AnswerInputs(stage.answers),
     )
 
 

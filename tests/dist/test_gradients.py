@@ -27,7 +27,6 @@ STAGES = {
     "mot": {"losses": {"kl": 0.15}},
     "student's rows": {"kind": "distill", "answers": {"rows": "student"}},
     "both rows": {"kind": "distill", "answers": {"rows": "both"}},
-    "embeddings": {"kind": "distill", "answers": {"embeddings": 1.0}},
     "byte_kd alone": {"kind": "byte_kd", "losses": {"student_ce": 0.0}},
     "boundary": {"kind": "distill", "losses": {"boundary_weight": 3.0}},
 }
@@ -166,7 +165,6 @@ LEAN = {"pack": True, "gradient_checkpointing": True}
      ("byte_kd alone", "student_untied", {"placement": "replica"}, {}),
      ("student's rows", "student_init", {}, LEAN),
      ("both rows", "student_untied", PACK, {}),
-     ("embeddings", "student_init", {}, {}),
      ("boundary", "student_init", {}, {})],
 )  # fmt: skip
 def test_gradients_equal_plain_torch(

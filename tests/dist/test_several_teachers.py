@@ -30,8 +30,6 @@ def second(pair, tmp_path_factory):
     [("align", "student_init", "replica", PACK, {"parts"}),
      ("distill", "student_init", "zero3", {}, {"student", "parts"}),
      ("both rows", "student_untied", "replica", LEAN, {"student", "parts"}),
-     pytest.param("embeddings", "student_untied", "zero3", {}, {"student", "parts"},
-                  marks=pytest.mark.slow),
      ("byte_kd", "student_init", "zero3", LEAN, {"student"}),
      pytest.param("byte_kd", "student_untied", "replica", {}, {"student"},
                   marks=pytest.mark.slow)],
@@ -64,7 +62,7 @@ def test_all_stages_and_a_resume_leave_the_same_bytes(tmp_path, pair, shards, se
         stages=[
             {"kind": "align", "steps": 2, "lr": 0.02, "final_lr": 0.02},
             {"kind": "distill", "steps": 4, **small,
-             "answers": {"rows": "both", "embeddings": 0.5, "noise": 0.1}},
+             "answers": {"rows": "both", "noise": 0.1}},
             {"kind": "byte_kd", "steps": 4, "losses": {"student_ce": 0.0},
              "on_policy": {"share": 0.6, "max_new_tokens": 6}},
             {"kind": "sft", "steps": 2},
