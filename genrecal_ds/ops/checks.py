@@ -1,4 +1,4 @@
-"""Refusals that both operations share: one line, naming the argument and what would fit."""
+"""Refusals that all operations share: one line names the argument and what would fit."""
 
 from typing import Literal
 
@@ -28,8 +28,8 @@ def expect(
 
 
 def check_labels(labels_N: Tensor, columns: int) -> None:
-    """Labels are read on the CPU only: on CUDA the kernel makes a bad one's loss NaN instead,
-    for a look at them here would stall the stream."""
+    """Refuse a label that is no column. Reads labels on the CPU only: on CUDA reading them would
+    stall the stream, and the kernel makes the loss of a bad label's row NaN instead."""
     if labels_N.device.type != "cpu" or torch.compiler.is_compiling() or not labels_N.numel():
         return
     bad = (labels_N != IGNORE) & ((labels_N < 0) | (labels_N >= columns))
