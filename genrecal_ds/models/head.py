@@ -57,15 +57,6 @@ def load_frozen_head(folder: str | Path, dtype: torch.dtype, device: torch.devic
     )
 
 
-def load_embedding(folder: str | Path, dtype: torch.dtype) -> Tensor:
-    """The language model's input embedding [V, H], in host memory."""
-    vlm = skeleton(folder)
-    weight = vlm.model.get_input_embeddings().weight
-    named = vlm.model.named_parameters(remove_duplicate=False)
-    name = next(name for name, parameter in named if parameter is weight)
-    return find_sources(vlm.model, Checkpoint(folder))[name].tensor().to(dtype)
-
-
 def load_final_norm(folder: str | Path) -> Tensor | None:
     """What [H] the language model's final norm multiplies by, or None when it has no weight."""
     vlm = skeleton(folder)

@@ -1,4 +1,4 @@
-"""Decides whether the Triton kernels run: one rule for both fused operations."""
+"""Chooses whether the Triton kernels run, by one rule for all fused operations."""
 
 import importlib.util
 import os

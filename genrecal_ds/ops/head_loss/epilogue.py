@@ -104,7 +104,7 @@ def softmax_epilogue_(chunk: Chunk) -> RowStats:
 
 
 class _Teacher:
-    """A block of the teacher's logits: shifted by their maximum, and their exponentials."""
+    """Holds a block of the teacher's logits, shifted by their maximum, and their exponentials."""
 
     def __init__(self, logits_bV: Tensor):
         top_b1, top1_b1 = logits_bV.max(-1, keepdim=True)
@@ -124,15 +124,15 @@ class _Teacher:
 def _columns_of(labels_n: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """(a column that may be read for every label, which labels are outside the vocabulary).
 
-    Those make their row's loss NaN: on CUDA nobody looked at them before, and an index out of
-    bounds would end the process without saying where.
+    A label outside the vocabulary makes its row's loss NaN. On CUDA no check has read the labels
+    before, and an index out of bounds would end the process without saying where.
     """
     is_inside_n = (labels_n >= 0) & (labels_n < vocabulary)
     return labels_n.where(is_inside_n, 0), ~is_inside_n & (labels_n != IGNORE)
 
 
 def _block_rows(logits_KnV: Tensor) -> int:
-    """Rows that stay in the cache together; on CUDA all of them, to launch few kernels."""
+    """How many rows stay in the cache together; on CUDA all of them, to launch few kernels."""
     if logits_KnV.is_cuda:
         return max(1, logits_KnV.shape[1])
     return max(1, CPU_BLOCK_BYTES // (logits_KnV.shape[2] * logits_KnV.element_size()))
