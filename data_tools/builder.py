@@ -273,17 +273,17 @@ def is_finished(out: Path, arguments: dict[str, Any]) -> bool:
     """Return True for a sound folder of the same build. Raises UserError for another build's."""
     if not (out / MANIFEST_NAME).exists():
         return False
-    found = read_manifest(out).get("build")
-    _refuse_difference(out, found if isinstance(found, dict) else {}, arguments)
+    recorded = read_manifest(out).get("build")
+    _refuse_difference(out, recorded if isinstance(recorded, dict) else {}, arguments)
     ShardIndex.load(out)
     return True
 
 
-def _refuse_difference(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key in sorted(wanted.keys() | found.keys()):
-        if wanted.get(key) != found.get(key):
+def _refuse_difference(out: Path, recorded: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in sorted(wanted.keys() | recorded.keys()):
+        if wanted.get(key) != recorded.get(key):
             raise UserError(
-                f"{out}: already built with {key}={found.get(key)!r}, asked for "
+                f"{out}: already built with {key}={recorded.get(key)!r}, asked for "
                 f"{wanted.get(key)!r}; choose another --out or delete the folder"
             )
 

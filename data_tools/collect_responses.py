@@ -67,19 +67,19 @@ def read_responses(path: Path) -> dict[str, tuple[str, float]]:
     """Read {key: (text, score)}. Raises UserError naming a line that lacks one of them."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; genrecal_ds.evaluate writes it beside its result")
-    found: dict[str, tuple[str, float]] = {}
+    responses: dict[str, tuple[str, float]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             record = json.loads(line)
             key, text, score = record["key"], record["prediction"], float(record["score"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}:{number}: not a line with key, prediction, score") from None
-        if not isinstance(key, str) or not isinstance(text, str) or key in found:
+        if not isinstance(key, str) or not isinstance(text, str) or key in responses:
             raise UserError(
                 f"{path}:{number}: key or prediction is no text, or the key came before"
             )
-        found[key] = (text, score)
-    return found
+        responses[key] = (text, score)
+    return responses
 
 
 @command

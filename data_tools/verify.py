@@ -35,8 +35,8 @@ def defects(index: ShardIndex, reader: ShardReader) -> Iterator[str | None]:
         path = index.directory / shard.name
         if not path.is_file() or path.is_symlink():
             continue  # file_defects has named it
-        if (found := file_sha256(path)) != shard.sha256:
-            yield f"{path}: sha256 {found} is not the manifest's {shard.sha256}"
+        if (actual := file_sha256(path)) != shard.sha256:
+            yield f"{path}: sha256 {actual} is not the manifest's {shard.sha256}"
         keys = []
         samples = np.flatnonzero(numbers == shard_number)
         if is_mix:  # it may name a sample twice; one look is enough
@@ -61,14 +61,14 @@ def _sequential_defect(path: Path, keys: list[str], is_mix: bool) -> str | None:
     expand, group = tar_stages()
     with path.open("rb") as stream:
         try:
-            found = [
+            keys_read = [
                 sample["__key__"]
                 for sample in group(expand([{"url": path.name, "stream": stream}]))
             ]
         except TAR_ERRORS as error:
             return f"{path}: webdataset cannot read it: {type(error).__name__}: {error}"[:300]
-    if (not set(keys) <= set(found)) if is_mix else found != keys:
-        return f"{path}: webdataset's {len(found)} keys are not the index's {len(keys)}"
+    if (not set(keys) <= set(keys_read)) if is_mix else keys_read != keys:
+        return f"{path}: webdataset's {len(keys_read)} keys are not the index's {len(keys)}"
     return None
 
 

@@ -88,9 +88,9 @@ def models(case: Case) -> None:
             report.say(f"  pixels from {backend(config.model_type)}")
             case.broken.discard(side)
             checkpoint = Checkpoint(source.path)
-            found = find_sources(vlm.model, checkpoint)
+            sources = find_sources(vlm.model, checkpoint)
             report.say(
-                f"  weights: every one of {len(found)} tensors is there, in its shape; "
+                f"  weights: every one of {len(sources)} tensors is there, in its shape; "
                 f"{' and '.join(checkpoint.dtypes())} in the files"
             )
     if "teacher" in case.sources and "student" not in case.broken:
@@ -258,19 +258,19 @@ def memory(case: Case) -> None:
         report.say(f"skipped: needs the {' and the '.join(sorted(case.broken))}")
 
 
-def _fit(report: Findings, stage: str, found: Estimate, cluster: Cluster) -> None:
-    for part in found.parts:
+def _fit(report: Findings, stage: str, demand: Estimate, cluster: Cluster) -> None:
+    for part in demand.parts:
         place = part.place if part.place == "host" else f"gpu {part.phase}"
         report.say(f"  {part.name:<32} {part.bytes / GIB:>9.3f} GiB  {place:<12} {part.formula}")
     ranks = min(cluster.per_host, cluster.gpus)
-    host = found.host(ranks)
-    report.say(f"  peak of a GPU {found.gpu / GIB:.2f} of {cluster.gpu_bytes / GIB:.0f} GiB")
+    host = demand.host(ranks)
+    report.say(f"  peak of a GPU {demand.gpu / GIB:.2f} of {cluster.gpu_bytes / GIB:.0f} GiB")
     known = f" of {cluster.host_bytes / GIB:.0f}" if cluster.host_bytes else ""
     report.say(f"  host of {ranks} ranks {host / GIB:.2f}{known} GiB")
-    needs = {"gpu": (found.gpu, cluster.gpu_bytes), "host": (host, cluster.host_bytes)}
+    needs = {"gpu": (demand.gpu, cluster.gpu_bytes), "host": (host, cluster.host_bytes)}
     for place, (needed, there) in needs.items():
         if there and needed > there:
-            part = found.largest(place)
+            part = demand.largest(place)
             report.refuse(
                 f"stages.{stage}: a {place} needs {needed / GIB:.1f} of {there / GIB:.1f} GiB; "
                 f"largest: {part.name}, {part.bytes / GIB:.1f} GiB per rank; {part.fix}"

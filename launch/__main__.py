@@ -46,15 +46,15 @@ def start(arguments: argparse.Namespace) -> int:
     if arguments.trust_checkpoint:
         passed.append("--trust-checkpoint")
     code = run_over(hosts, passed, f"{address}:{arguments.master_port}", logs)
-    found = outcome(recipe, arguments.stage)
+    ending = outcome(recipe, arguments.stage)
     if code:
         print(f"failed with code {code}; logs: {logs}", file=sys.stderr, flush=True)
-    elif found == "failed":  # a launcher that reports success when its child died
+    elif ending == "failed":  # a launcher that reports success when its child died
         code = 1
         print(f"ranks ended without a word; logs: {logs}", file=sys.stderr, flush=True)
     else:
-        print(f"{found}: {recipe.run_dir}; logs: {logs}", flush=True)
-        code = EXIT_STOPPED if found == "stopped" else 0
+        print(f"{ending}: {recipe.run_dir}; logs: {logs}", flush=True)
+        code = EXIT_STOPPED if ending == "stopped" else 0
     return code
 
 

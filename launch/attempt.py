@@ -55,13 +55,13 @@ def git_hash() -> str | None:
     """Ask git for the running code's commit; + where files differ, None without a repository."""
     git = ["git", "-C", str(ROOT)]
     try:
-        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     except OSError:
         return None
-    if found.returncode:
+    if head.returncode:
         return None
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def progress(recipe: Recipe) -> dict[str, int]:
@@ -84,12 +84,12 @@ def outcome(recipe: Recipe, stage: str | None = None) -> str:
 
 def is_stuck(recipe: Recipe) -> bool:
     """Whether the last attempts all began where the run still is: another would do the same."""
-    found = sorted((recipe.run_dir / "logs").glob("attempt-*/attempt.json"))
-    if len(found) < MAX_WITHOUT_PROGRESS:
+    attempts = sorted((recipe.run_dir / "logs").glob("attempt-*/attempt.json"))
+    if len(attempts) < MAX_WITHOUT_PROGRESS:
         return False
     now = progress(recipe)
     return all(
-        json.loads(path.read_text())["progress"] == now for path in found[-MAX_WITHOUT_PROGRESS:]
+        json.loads(path.read_text())["progress"] == now for path in attempts[-MAX_WITHOUT_PROGRESS:]
     )
 
 
@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "stages":
         print(*(stage.name for stage in recipe.stages))
         return 0
-    found = outcome(recipe, arguments.stage)
-    print("stuck" if found != "done" and is_stuck(recipe) else found)
+    ending = outcome(recipe, arguments.stage)
+    print("stuck" if ending != "done" and is_stuck(recipe) else ending)
     return 0
 
 

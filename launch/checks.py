@@ -36,9 +36,9 @@ def torch_range() -> tuple[str, str]:
 
 def check_torch() -> None:
     """Raises UserError for an installed torch out of the range."""
-    found, (low, high) = version("torch"), torch_range()
-    if not _numbers(low) <= _numbers(found) < _numbers(high):
-        raise UserError(f"torch {found} is installed; genrecal_ds needs >= {low}, < {high}")
+    installed, (low, high) = version("torch"), torch_range()
+    if not _numbers(low) <= _numbers(installed) < _numbers(high):
+        raise UserError(f"torch {installed} is installed; genrecal_ds needs >= {low}, < {high}")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -124,13 +124,13 @@ def _read_control(messages: Messages) -> None:
 
 
 def _hosts(text: str) -> dict[str, int]:
-    found = {}
+    hosts = {}
     for part in text.split(","):
         host, _, slots = part.rpartition(":")
         if not HOST.fullmatch(host) or not slots.isdigit():
             raise argparse.ArgumentTypeError(f"{part!r}: write host:slots")
-        found[host] = int(slots)
-    return found
+        hosts[host] = int(slots)
+    return hosts
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -48,12 +48,12 @@ def images_of(item: dict[str, Any]) -> list[Any]:
 
     Raises SampleError image_count where both keys hold pictures: one key would be left out.
     """
-    found = [value for key in ("image", "images") if (value := item.get(key)) not in (None, [])]
-    if len(found) > 1:
+    pictures = [value for key in ("image", "images") if (value := item.get(key)) not in (None, [])]
+    if len(pictures) > 1:
         raise SampleError("image_count", "both image and images hold pictures")
-    if not found:
+    if not pictures:
         return []
-    return found[0] if isinstance(found[0], list) else found
+    return pictures[0] if isinstance(pictures[0], list) else pictures
 
 
 def answers_of(item: dict[str, Any]) -> list[str]:
@@ -130,6 +130,6 @@ def _stored_part(part: Any, number: int) -> list[dict[str, str]]:
 
 def _require_count(messages: list[dict[str, Any]], num_images: int) -> None:
     """Refuse a wrong count of pictures: a guess would shift every later picture."""
-    found = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if found != num_images:
-        raise SampleError("image_count", f"{found} <image> marks but {num_images} images")
+    marks = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if marks != num_images:
+        raise SampleError("image_count", f"{marks} <image> marks but {num_images} images")

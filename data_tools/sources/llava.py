@@ -96,8 +96,8 @@ def _array_spans(path: Path) -> Iterator[tuple[int, int]]:
         raise UserError(f"{path}: not UTF-8 ({error}); convert it") from None
     start = _after_space(text, 0)
     if not text.startswith("[", start):
-        found = "a byte order mark" if text.startswith("\ufeff") else repr(text[:20])
-        raise UserError(f"{path}: starts with {found}, not with [; one item a line is .jsonl")
+        beginning = "a byte order mark" if text.startswith("\ufeff") else repr(text[:20])
+        raise UserError(f"{path}: starts with {beginning}, not with [; one item a line is .jsonl")
     scan = json.JSONDecoder().raw_decode
     position = offset = _after_space(text, start + 1)  # only one-byte characters so far
     if text.startswith("]", position):

@@ -83,11 +83,11 @@ class RefCoco(RowSource):
 def _find_refs(path: Path) -> tuple[Path, Path]:
     if path.is_file():
         return path, path.parent
-    found = sorted(path.glob("refs(*).p"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "no refs(...).p"
+    files = sorted(path.glob("refs(*).p"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "no refs(...).p"
         raise UserError(f"{path}: holds {names}; name one such file as SOURCE")
-    return found[0], path
+    return files[0], path
 
 
 def _normalised(box: Any, size: Any) -> tuple[float, ...]:

@@ -71,9 +71,9 @@ def _command(run: Run, command: list[str], num_threads: int) -> None:
 
 def write_tables(grid: Grid, runs: Sequence[Run], out: Path) -> str:
     """Write both files; return the Markdown."""
-    scores, found = table.tables_of(grid, runs), probes.probe_tables(grid, runs)
-    text = "\n".join(filter(None, (table.markdown(scores), probes.markdown(found))))
-    both = table.as_json(scores) | probes.as_json(found)
+    scores, probed = table.tables_of(grid, runs), probes.probe_tables(grid, runs)
+    text = "\n".join(filter(None, (table.markdown(scores), probes.markdown(probed))))
+    both = table.as_json(scores) | probes.as_json(probed)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text(text + "\n")
     (out / "tables.json").write_text(json.dumps(both, indent=2) + "\n")

@@ -68,8 +68,8 @@ class Grid(Section):
         for key, arms in {**tables, "controls": self.controls}.items():
             if unknown := [arm for arm in arms if arm not in self.arms]:
                 raise ValueError(f"{key}: no arm {unknown[0]!r}")
-        for key, found in (("arms", self.arms), ("conditions", self.conditions)):
-            if same := _repeated([folder_name(name) for name in found]):
+        for key, names in (("arms", self.arms), ("conditions", self.conditions)):
+            if same := _repeated([folder_name(name) for name in names]):
                 raise ValueError(f"{key}: two of them would share the folder {same[0]}")
         lists = {f"measures.{name}": kinds for name, kinds in self.measures.items()}
         for key, values in {"seeds": self.seeds, "controls": self.controls, **lists}.items():
@@ -164,9 +164,9 @@ def claim(run: Run) -> None:
     """Make the run's folder, or refuse one that holds another recipe's results."""
     path = run.folder / "arm.json"
     if path.is_file():
-        found = json.loads(path.read_text())
+        recorded = json.loads(path.read_text())
         for key, value in run.facts.items():
-            if found.get(key) != value:
+            if recorded.get(key) != value:
                 raise UserError(
                     f"{run.folder}: holds results of another {key}; remove it, or name another "
                     "--out"

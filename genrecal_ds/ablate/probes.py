@@ -39,9 +39,9 @@ def probe_tables(grid: Grid, runs: Sequence[Run]) -> dict[str, list[ProbeRow]]:
         rows = []
         for arm in grid.arms:
             own = [run for run in runs if (run.condition, run.arm) == (condition, arm)]
-            found = [probes for run in own if run.is_done and (probes := last_probes(run))]
-            if found:
-                rows.append(ProbeRow(arm, condition, len(found), _means(found)))
+            measured = [probes for run in own if run.is_done and (probes := last_probes(run))]
+            if measured:
+                rows.append(ProbeRow(arm, condition, len(measured), _means(measured)))
         if rows:
             tables[heading(PROBES, condition)] = rows
     return tables
@@ -77,9 +77,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
+def _means(measured: Sequence[dict[str, float]]) -> dict[str, float]:
     values = {
-        name: [probes[name] for probes in found if name in probes] for name in COLUMNS.values()
+        name: [probes[name] for probes in measured if name in probes] for name in COLUMNS.values()
     }
     return {name: fmean(numbers) for name, numbers in values.items() if numbers}
 

@@ -34,8 +34,8 @@ class Row(NamedTuple):
     @property
     def is_above(self) -> bool:
         """Whether every control's interval lies above zero; a control is never above itself."""
-        found = self.minus.values()
-        return bool(found) and all(minus is not None and minus[1] > 0 for minus in found)
+        intervals = self.minus.values()
+        return bool(intervals) and all(minus is not None and minus[1] > 0 for minus in intervals)
 
 
 def tables_of(grid: Grid, runs: Sequence[Run]) -> dict[str, list[Row]]:
@@ -46,10 +46,10 @@ def tables_of(grid: Grid, runs: Sequence[Run]) -> dict[str, list[Row]]:
     for title, condition, measure in product(titles, grid.contexts, (None, *grid.measures)):
         scores: dict[str, Scores] = {arm: {} for arm in grid.arms}
         seconds: dict[str, list[float]] = {arm: [] for arm in grid.arms}
-        for run, found in done:
+        for run, by_kind in done:
             if run.condition == condition:
                 kinds = None if measure is None else grid.measures[measure]
-                scores[run.arm][run.seed] = mean_of(found, kinds)
+                scores[run.arm][run.seed] = mean_of(by_kind, kinds)
                 seconds[run.arm].append(json.loads((run.folder / "seconds.json").read_text()))
         first = titles[title][0]
         tables[heading(title, condition, measure)] = [
@@ -123,8 +123,8 @@ def _line(row: Row) -> str:
     mean = "-" if row.mean is None else f"{row.mean:.3f}{spread}{mark}"
     by_seed = " ".join(f"{score:.3f}" for _, score in sorted(row.scores.items()))
     minus = [
-        "" if found is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
-        for found in (row.minus.values() if row.minus else [row.paired])
+        "" if interval is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval)
+        for interval in (row.minus.values() if row.minus else [row.paired])
     ]
     seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
     cells = [row.arm, str(len(row.scores)), mean, by_seed, *minus, seconds]

@@ -55,9 +55,9 @@ def analyse(
     start = untrained(subject, teacher, recipe.student.path, recipe.seed)
 
     points = {
-        f"{place} the Recalibrator, {when}": found
+        f"{place} the Recalibrator, {when}": values
         for when, of in (("at the start", start), ("at the end", subject))
-        for place, found in boundary_points(of, pairs).items()
+        for place, values in boundary_points(of, pairs).items()
     }
     compared = {run.name if against is None else "with the regularizer": cosines(subject, pairs)}
     if against is not None:

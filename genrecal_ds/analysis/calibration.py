@@ -29,7 +29,7 @@ def confidences(model: Path, samples: Sequence[Sample], answers: Sequence[str]) 
     """One confidence per sample; NaN for an answer that makes no sequence, such as an empty one."""
     vlm = load_vlm(model).eval()
     encoders = PairEncoders(ChatEncoder(model, 1 << 20), None)
-    found = [float("nan")] * len(samples)
+    values = [float("nan")] * len(samples)
     places, pairs = [], []
     for place, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         messages = copy.deepcopy(sample.messages)
@@ -51,8 +51,8 @@ def confidences(model: Path, samples: Sequence[Sample], answers: Sequence[str]) 
         for place, pair in zip(places[first : first + BATCH], chunk, strict=True):
             lengths = [end - begin for begin, end in pair.student.answers]
             start += sum(lengths)
-            found[place] = float(of_label_M[start - lengths[-1] : start].mean().exp())
-    return found
+            values[place] = float(of_label_M[start - lengths[-1] : start].mean().exp())
+    return values
 
 
 def calibration(values: Sequence[float], scores: Sequence[float]) -> dict[str, Any]:

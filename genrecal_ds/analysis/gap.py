@@ -83,9 +83,9 @@ def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, fl
     with torch.no_grad():
         view = true.teacher
         rows = TeacherRows(*models.teacher(view.inputs, view.rows_A, view.targets_N))
-        found = _by_class("kl", true, *_kl(models, true, rows))
-        found |= _by_class("kl_shuffled", shuffled, *_kl(models, shuffled, rows))
-    return found | _gradient_norms(models, true, rows)
+        kls = _by_class("kl", true, *_kl(models, true, rows))
+        kls |= _by_class("kl_shuffled", shuffled, *_kl(models, shuffled, rows))
+    return kls | _gradient_norms(models, true, rows)
 
 
 def _rows(models: ByteModels, batch: PairBatch) -> Tensor:
@@ -125,13 +125,13 @@ def _by_class(name: str, batch: PairBatch, values_M: Tensor, valid_M: Tensor) ->
     }
 
 
-def markdown(found: dict[str, dict[str, float]]) -> str:
+def markdown(by_student: dict[str, dict[str, float]]) -> str:
     lines = [
         "| student | boundary KL | other's question | times | other rows' KL | other's question "
         "| times | gradient, boundary | gradient, other | CE, boundary | CE, other |",
         "|---" * 11 + "|",
     ]
-    for name, values in found.items():
+    for name, values in by_student.items():
         cells = [name]
         for rows in ("boundary", "other"):
             true, shuffled = values[f"kl_{rows}"], values[f"kl_shuffled_{rows}"]
@@ -161,12 +161,12 @@ def main(argv: list[str] | None = None) -> int:
         samples = [s for s in samples if sum(m["role"] == "assistant" for m in s.messages) == 1]
         if len(samples) < 2:
             raise UserError(f"{arguments.shards}: no two samples of one turn to exchange")
-        found = {str(s): gap(arguments.teacher, s, samples) for s in arguments.student}
+        by_student = {str(s): gap(arguments.teacher, s, samples) for s in arguments.student}
     except (UserError, Unusable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(markdown(found))
+    arguments.out.write_text(json.dumps(by_student, indent=2) + "\n")
+    print(markdown(by_student))
     return 0
 
 

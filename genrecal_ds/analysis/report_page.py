@@ -122,14 +122,14 @@ def line_chart(title: str, series: Series) -> dict[str, Any] | None:
 
 def _arms(tables: dict[str, list[dict[str, Any]]]) -> list[tuple[str, list[dict[str, str]]]]:
     """Show the tables of genrecal_ds.ablate; a partial table says that it is partial."""
-    found = []
+    arms = []
     for title, rows in tables.items():
         if "scores" not in rows[0]:  # of probes
             continue
         done, asked = sum(len(row["scores"]) for row in rows), sum(r["num_seeds"] for r in rows)
         partial = "" if done == asked else f" (partial: {done} of {asked} runs)"
-        found.append((title + partial, [_arm(row) for row in rows]))
-    return found
+        arms.append((title + partial, [_arm(row) for row in rows]))
+    return arms
 
 
 def _arm(row: dict[str, Any]) -> dict[str, str]:

@@ -215,9 +215,9 @@ def _shared_bytes(pairs: list[Pair], matcher: ByteMatcher) -> SharedBytes:
         turns = zip(
             matcher.next_bytes(pair), pair.student.answers, pair.teacher.answers, strict=True
         )
-        for found, (start, end), (teacher_start, teacher_end) in turns:
+        for boundaries, (start, end), (teacher_start, teacher_end) in turns:
             if not pair.is_placeholder:
-                at, depth, teacher_at, teacher_depth = found
+                at, depth, teacher_at, teacher_depth = boundaries
                 parts.append((at + first_m, depth, teacher_at + first_n, teacher_depth))
             first_m, first_n = first_m + end - start, first_n + teacher_end - teacher_start
     return SharedBytes(*(_tensor(np.concatenate(column)) for column in zip(*parts, strict=True)))

@@ -105,10 +105,10 @@ def _shared(of: bytes, boundaries: bytes) -> np.ndarray:
     """int64 [len(boundaries) + 1]: the same boundary in `of`, or UNMATCHED. Increasing."""
     blanks, own_blanks = map(_num_blanks, (of, boundaries))
     if of[blanks:] == boundaries[own_blanks:]:
-        found = np.arange(len(boundaries) + 1, dtype=np.int64) - own_blanks + blanks
+        matched = np.arange(len(boundaries) + 1, dtype=np.int64) - own_blanks + blanks
         if blanks != own_blanks:
-            found[:own_blanks] = UNMATCHED
-        return found
+            matched[:own_blanks] = UNMATCHED
+        return matched
     return _shared_normalised(of, boundaries)
 
 
@@ -135,11 +135,11 @@ def _shared_normalised(of: bytes, boundaries: bytes) -> np.ndarray:
             pairs.add((boundary, by_place[moved]))
     # Where one side has no bytes for a text, one boundary of it is before and behind that text.
     times, own_times = (Counter(side) for side in ([p[1] for p in pairs], [p[0] for p in pairs]))
-    found = np.full(len(boundaries) + 1, UNMATCHED, np.int64)
+    matched = np.full(len(boundaries) + 1, UNMATCHED, np.int64)
     for boundary, other in pairs:
         if times[other] == own_times[boundary] == 1:
-            found[boundary] = other
-    return found
+            matched[boundary] = other
+    return matched
 
 
 def _normalised(text: bytes) -> tuple[str, list[int]]:

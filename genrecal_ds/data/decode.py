@@ -71,8 +71,8 @@ def decode_record(data: bytes) -> Record:
         raise SampleError("record_bytes", f"{len(data)} bytes of json, limit {MAX_RECORD_BYTES}")
     value = parse_json(data)
     if not isinstance(value, dict) or value.keys() != RECORD_KEYS:
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise SampleError("record_keys", f"need {sorted(RECORD_KEYS)}, found {found}")
+        keys = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise SampleError("record_keys", f"need {sorted(RECORD_KEYS)}, found {keys}")
     if not isinstance(value["answers"], list):
         raise SampleError("answers", "answers is not a list")
     num_images, text_bytes = _check_messages(value["messages"])

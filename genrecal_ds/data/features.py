@@ -221,25 +221,25 @@ def widened(whole_RH: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_block(path: Path, samples: list[tuple[int, Features]], is_in_8_bits: bool) -> None:
     """Write one block, complete or not at all."""
-    found = [features for _, features in samples]
-    stored = [in_8_bits(of.rows_RH) if is_in_8_bits else (of.rows_RH,) for of in found]
+    written = [features for _, features in samples]
+    stored = [in_8_bits(of.rows_RH) if is_in_8_bits else (of.rows_RH,) for of in written]
     integers = {
         "samples": [sample for sample, _ in samples],
-        "rows_of": [len(features.rows_RH) for features in found],
-        "turns_of": [len(features.turn_lengths) for features in found],
-        "turn_lengths": [length for features in found for length in features.turn_lengths],
+        "rows_of": [len(features.rows_RH) for features in written],
+        "turns_of": [len(features.turn_lengths) for features in written],
+        "turn_lengths": [length for features in written for length in features.turn_lengths],
         "crc32": [
             _crc32(*parts, features.tokens_R.int())
-            for parts, features in zip(stored, found, strict=True)
+            for parts, features in zip(stored, written, strict=True)
         ],
     }
     tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in integers.items()}
     for name, parts in zip(("rows", "scales"), zip(*stored, strict=True), strict=False):
         tensors[name] = torch.cat(parts)
-    tensors["tokens"] = torch.cat([features.tokens_R for features in found]).int()
+    tensors["tokens"] = torch.cat([features.tokens_R for features in written]).int()
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(tensors, temporary, {"dtype": str(found[0].rows_RH.dtype).split(".")[1]})
+        save_file(tensors, temporary, {"dtype": str(written[0].rows_RH.dtype).split(".")[1]})
     except SafetensorError as error:  # how it tells of a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: {error}") from None
@@ -277,11 +277,11 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     path = folder / IDENTITY
     if not path.is_file():
         raise UserError(f"teacher.cache: {folder} has no {IDENTITY}; run the stage that writes it")
-    found = json.loads(path.read_text())
+    recorded = json.loads(path.read_text())
     wanted = json.loads(json.dumps({"format": FORMAT, **identity}))
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
+    for key in sorted(recorded.keys() | wanted.keys()):
+        if recorded.get(key) != wanted.get(key):
             raise UserError(
-                f"{path}: its rows belong to {key} {found.get(key)!r}, this run has "
+                f"{path}: its rows belong to {key} {recorded.get(key)!r}, this run has "
                 f"{wanted.get(key)!r}; name another teacher.cache"
             )

@@ -201,8 +201,8 @@ def _load_records(
     """The checked index; a mix (data_tools.mix) may name a sample of a shard twice or never."""
     path = folder / INDEX_NAME
     try:
-        if (found := file_sha256(path)) != digest:
-            raise UserError(f"{path}: sha256 {found} is not the manifest's {digest}; rebuild")
+        if (actual := file_sha256(path)) != digest:
+            raise UserError(f"{path}: sha256 {actual} is not the manifest's {digest}; rebuild")
         records = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: unreadable ({error}); rebuild") from None

@@ -94,11 +94,11 @@ class CachedPairEncoders(PairEncoders):
 
     def encode(self, messages: list, images: list[Image.Image], number: int = PADDING) -> Pair:
         assert self.features is not None
-        found = self.features.read(number)
-        if found is None:
+        stored = self.features.read(number)
+        if stored is None:
             raise Unusable("left out when the teacher's rows were written")
-        messages = first_turns(messages, len(found.turn_lengths))
-        teacher = CachedView(found)
+        messages = first_turns(messages, len(stored.turn_lengths))
+        teacher = CachedView(stored)
         encoders: dict[str, Encoder] = {"teacher": teacher, "student": self.student}
         pair = encode_pair(messages, images, encoders, self.too_long)
         assert pair.teacher is not None

@@ -83,30 +83,30 @@ class ShardReader:
 
     def read(self, i: int) -> Sample:
         """Sample number i, 0 <= i < len. Raises BadSample, or IndexError (also for -1 slots)."""
-        (found,) = self.read_many([i])
-        if isinstance(found, BadSample):
-            raise found
-        return found
+        (sample,) = self.read_many([i])
+        if isinstance(sample, BadSample):
+            raise sample
+        return sample
 
     def read_many(self, numbers: Sequence[int]) -> list["Sample | BadSample"]:
         """Read the samples of these numbers, in their order; a bad one comes as its BadSample."""
-        found: list[Sample | BadSample] = []
+        samples: list[Sample | BadSample] = []
         for i, parsed in zip(numbers, self._parse_many(numbers), strict=True):
             if isinstance(parsed, BadSample):
-                found.append(parsed)
+                samples.append(parsed)
                 continue
             try:
-                found.append(self._decode(parsed, int(self.index.records["num_images"][i])))
+                samples.append(self._decode(parsed, int(self.index.records["num_images"][i])))
             except SampleError as error:
-                found.append(self._bad(i, self._shard(i), parsed["__key__"], error))
-        return found
+                samples.append(self._bad(i, self._shard(i), parsed["__key__"], error))
+        return samples
 
     def members(self, i: int) -> dict[str, bytes]:
         """Sample number i undecoded: extension -> bytes. Raises as read does."""
-        (found,) = self.members_many([i])
-        if isinstance(found, BadSample):
-            raise found
-        return found
+        (members,) = self.members_many([i])
+        if isinstance(members, BadSample):
+            raise members
+        return members
 
     def members_many(self, numbers: Sequence[int]) -> list["dict[str, bytes] | BadSample"]:
         """The undecoded samples of these numbers, in their order."""
@@ -142,8 +142,8 @@ class ShardReader:
         shard, data = self.index.shards[number], b""
         try:
             data = self._read_range(number, offset, length)
-            if (found := zlib.crc32(data)) != crc32:
-                raise SampleError("crc32", f"is {found:08x}, not {crc32:08x}")
+            if (actual := zlib.crc32(data)) != crc32:
+                raise SampleError("crc32", f"is {actual:08x}, not {crc32:08x}")
         except SampleError as error:
             raise self._bad(i, shard, _header_key(data) or "?", error) from error
         return data, shard

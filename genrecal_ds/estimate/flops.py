@@ -27,29 +27,29 @@ class SampleTokens(NamedTuple):
 
 def of_stage(load: Load, sample: SampleTokens) -> dict[str, float]:
     """By phase, of one sample; `head` is both models'. Losses form their gradients forward."""
-    found = dict.fromkeys(PHASES, 0.0)
+    counts = dict.fromkeys(PHASES, 0.0)
     body = decoder_forward(load.student, sample.student)
-    found["student"] = body + vision_forward(load.student, sample.visual)
+    counts["student"] = body + vision_forward(load.student, sample.visual)
     if load.trains_student:
-        found["backward"] += (3 if load.checkpointing else 2) * body
-    found["head"] = student_products(load) * head_product(load.student, sample.answer)
+        counts["backward"] += (3 if load.checkpointing else 2) * body
+    counts["head"] = student_products(load) * head_product(load.student, sample.answer)
     if load.teacher is None:
-        return found
-    found["head"] += teacher_products(load) * head_product(load.teacher, sample.answer)
+        return counts
+    counts["head"] += teacher_products(load) * head_product(load.teacher, sample.answer)
     if load.placement != "cache":
-        found["teacher"] = decoder_forward(load.teacher, sample.teacher)
-        found["teacher"] += vision_forward(load.teacher, sample.visual)
+        counts["teacher"] = decoder_forward(load.teacher, sample.teacher)
+        counts["teacher"] += vision_forward(load.teacher, sample.visual)
     if load.kind.projects:  # beside the loss, and timed with it
         projection = _projection(load, sample.answer)
-        found["head"] += projection
-        found["backward"] += 2 * projection
+        counts["head"] += projection
+        counts["backward"] += 2 * projection
     if not load.depth:
-        return found
-    found["recalibrator"] = recalibrator_forward(load, sample)
+        return counts
+    counts["recalibrator"] = recalibrator_forward(load, sample)
     # Into the teacher's rows, frozen, Proj-pre sends no gradient.
     spared = _projection(load, _projected_rows(load, sample))
-    found["backward"] += 2 * found["recalibrator"] - spared
-    return found
+    counts["backward"] += 2 * counts["recalibrator"] - spared
+    return counts
 
 
 def student_products(load: Load) -> int:

@@ -58,8 +58,8 @@ def predict(
                 file.write(json.dumps({"batch": batch, "answers": answers}) + "\n")
                 file.flush()
     dist.barrier()
-    found = dist.from_main(_read(parts) if dist.is_main() else None)
-    return [answer for batch in range(num_batches) for answer in found[batch]]
+    by_batch = dist.from_main(_read(parts) if dist.is_main() else None)
+    return [answer for batch in range(num_batches) for answer in by_batch[batch]]
 
 
 def discard(parts: Path) -> None:
@@ -73,9 +73,9 @@ def _claim(parts: Path, identity: dict[str, Any]) -> str | None:
     """Make a new folder, or say what is wrong with the one that is there."""
     path = parts / "identity.json"
     if path.is_file():
-        found = json.loads(path.read_text())
+        recorded = json.loads(path.read_text())
         for key, value in json.loads(json.dumps(identity)).items():
-            if found.get(key) != value:
+            if recorded.get(key) != value:
                 return (
                     f"{parts}: answers of an evaluation with another {key} lie here; remove it, or "
                     "name another --out"

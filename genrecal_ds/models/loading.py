@@ -33,9 +33,9 @@ class Checkpoint:
             pickled = sorted(
                 p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s)
             )
-            found = f"{pickled[0]} is a pickle, which can run code" if pickled else "no weights"
+            content = f"{pickled[0]} is a pickle, which can run code" if pickled else "no weights"
             raise UserError(
-                f"{self.folder}: {found}; save the model as model.safetensors (from_pretrained, "
+                f"{self.folder}: {content}; save the model as model.safetensors (from_pretrained, "
                 "then save_pretrained)"
             )
 
@@ -48,11 +48,11 @@ class Checkpoint:
 
     def dtypes(self) -> list[str]:
         """The dtypes in the files, in safetensors' words (BF16, F32), read from the headers."""
-        found = set()
+        dtypes = set()
         for file_name in sorted(set(self._file_of.values())):
             with safe_open(self.folder / file_name, framework="pt") as file:
-                found |= {file.get_slice(name).get_dtype() for name in file.keys()}
-        return sorted(found)
+                dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}
+        return sorted(dtypes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         with self._open(name) as file:
@@ -113,14 +113,14 @@ def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, So
     Raises UserError when a parameter is missing or has another shape, or when a stored tensor has
     no parameter. So no parameter is ever silently random.
     """
-    found = _stored(model, checkpoint)
+    stored = _stored(model, checkpoint)
     sources: dict[str, Source] = {}
     missing = []
     tied = _tied_names(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         source = next(
-            (found[alias] for alias in (name, *tied.get(name, ())) if alias in found), None
+            (stored[alias] for alias in (name, *tied.get(name, ())) if alias in stored), None
         )
         if source is None:
             missing.append(name)
@@ -135,7 +135,7 @@ def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, So
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{checkpoint.folder}: no weights for {', '.join(missing[:3])}{more}")
     known = parameters.keys() | dict(model.named_buffers()).keys()
-    if foreign := [name for name in found if name not in known]:
+    if foreign := [name for name in stored if name not in known]:
         raise UserError(
             f"{checkpoint.folder}: {foreign[0]} fits no parameter of {type(model).__name__}"
         )

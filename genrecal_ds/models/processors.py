@@ -202,14 +202,14 @@ def _image_processor_class(model_type: str, name: str | None) -> type:
 
 
 def _transformers_class(name: str, model_type: str) -> type:
-    found = getattr(importlib.import_module("transformers"), name, None)
-    if found is None:
+    processor = getattr(importlib.import_module("transformers"), name, None)
+    if processor is None:
         raise UserError(f"model_type {model_type}: this transformers has no {name}; update it")
-    if "torchvision" not in getattr(found, "_backends", ()):
-        return found
+    if "torchvision" not in getattr(processor, "_backends", ()):
+        return processor
     # A stand-in. Some stand for classes that need torchvision no more than their file does.
     try:
-        return getattr(importlib.import_module(found.__module__), name)
+        return getattr(importlib.import_module(processor.__module__), name)
     except (ImportError, RuntimeError):  # RuntimeError: a torchvision that does not fit torch
         raise UserError(
             f"model_type {model_type}: {name} needs torchvision, which is not installed"

@@ -31,12 +31,12 @@ def allow(folder: str | Path, files: Mapping[str, str], family: Family) -> None:
     Raises UserError naming the first file that is not as listed, or a model_type whose facts
     are known already.
     """
-    found = code_of(folder)
-    for name in sorted(found.keys() | dict(files).keys()):
-        if found.get(name) != files.get(name):
+    code = code_of(folder)
+    for name in sorted(code.keys() | dict(files).keys()):
+        if code.get(name) != files.get(name):
             listed = files.get(name, "not listed")
             raise UserError(
-                f"allow_remote_code.files: {Path(folder) / name} is {found.get(name, 'missing')}, "
+                f"allow_remote_code.files: {Path(folder) / name} is {code.get(name, 'missing')}, "
                 f"the recipe says {listed}; read the file, then list its sha256"
             )
     model_type = json.loads((Path(folder) / "config.json").read_text())["model_type"]
@@ -45,10 +45,10 @@ def allow(folder: str | Path, files: Mapping[str, str], family: Family) -> None:
             f"allow_remote_code: transformers has {model_type} of its own; remove the key"
         )
     FAMILIES[model_type] = family
-    _allowed.add(frozenset(found.items()))
+    _allowed.add(frozenset(code.items()))
 
 
 def is_allowed(folder: str | Path) -> bool:
     """Whether code of this folder may run: the folder has code, and every file of it is listed."""
-    found = code_of(folder)
-    return bool(found) and frozenset(found.items()) in _allowed
+    code = code_of(folder)
+    return bool(code) and frozenset(code.items()) in _allowed

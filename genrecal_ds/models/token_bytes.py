@@ -49,17 +49,17 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes 
     spell = _spelling(tokenizer, folder)
     added = tokenizer.added_tokens_decoder
     size = max([*tokenizer.get_vocab().values(), *added]) + 1
-    found: list[bytes | None] = [None] * size
+    bytes_of: list[bytes | None] = [None] * size
     special = set(tokenizer.all_special_ids)
     for piece, token in tokenizer.get_vocab().items():
         if token in added:
             is_text = not added[token].special and token not in special
             # Runs of blanks among sentencepiece's added tokens are written with its mark, too.
             written = spell if spell is _as_sentencepiece else str.encode
-            found[token] = written(str(added[token])) if is_text else None
+            bytes_of[token] = written(str(added[token])) if is_text else None
         elif token not in special:
-            found[token] = spell(piece)
-    return found
+            bytes_of[token] = spell(piece)
+    return bytes_of
 
 
 def _spelling(tokenizer: PreTrainedTokenizerBase, folder: Path) -> Spelling:

@@ -84,11 +84,11 @@ def _check_sentencepiece(path: Path, model: Any, tokenizer: PreTrainedTokenizerB
     if kind in ("UNIGRAM", "BPE") and read.upper() in ("UNIGRAM", "BPE") and kind != read.upper():
         raise UserError(f"{path}: a {kind} model, and {_name(tokenizer)} reads it as {read}; {fix}")
     pieces = SentencePieceProcessor(model_file=str(path)).encode(PROBE, out_type=str)
-    found = tokenizer.tokenize(PROBE)
-    if found != pieces:
+    tokens = tokenizer.tokenize(PROBE)
+    if tokens != pieces:
         one, other = next(
             pair
-            for pair in zip([*found, None], [*pieces, None], strict=False)
+            for pair in zip([*tokens, None], [*pieces, None], strict=False)
             if pair[0] != pair[1]
         )
         raise UserError(

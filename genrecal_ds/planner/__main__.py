@@ -98,15 +98,15 @@ def _plan(report: Findings, loads: "dict[str, Load]", arguments: argparse.Namesp
     )
     _print(report, title, say.flop_table(works))
     gpu = machine.gpu
-    found = Search(works, machine).by_place()
+    by_place = Search(works, machine).by_place()
     title = (
         f"{arguments.gpus} {arguments.gpu}, {arguments.per_host} a host: {gpu.tflops:g} TFLOP/s at "
         f"{machine.mfu:.0%}, {gpu.link:g} GB/s within a host, {gpu.net:g} between"
     )
-    _print(report, title, say.places(found))
+    _print(report, title, say.places(by_place))
     if arguments.scale:
         _print(report, "Scale", say.scale(works, machine, arguments.per_host))
-    plans = [plan for plan in found.values() if isinstance(plan, Plan)]
+    plans = [plan for plan in by_place.values() if isinstance(plan, Plan)]
     if not plans:
         changes = say.smallest_changes(works, machine, arguments.gpus, arguments.per_host)
         named = " or ".join(changes) or "a smaller pair"

@@ -95,11 +95,11 @@ def step_seconds(
     """Seconds of one step, for a batch that divides: see micro_steps."""
     gpu, count = machine.gpu, micro_steps(load, global_batch)
     assert count, "asked for only where the batch divides"
-    moved, found = wire(load), flops.of_stage(load, sample)
+    moved, counted = wire(load), flops.of_stage(load, sample)
     forwards = -(-count // load.teacher_batches)
     samples = count * load.micro_batch
-    teacher = samples * found["teacher"] / machine.rate
-    student = samples * (sum(found.values()) - found["teacher"]) / machine.rate
+    teacher = samples * counted["teacher"] / machine.rate
+    student = samples * (sum(counted.values()) - counted["teacher"]) / machine.rate
     gathers, tensors = 0.0, load.teacher.tensors if load.teacher else 0
     if moved.teacher:
         gathers = forwards * _seconds(moved.teacher, teacher_ranks(load), tensors, load, gpu)

@@ -82,29 +82,29 @@ def read(stage: Path) -> Measured:
     )
 
 
-def described(found: Measured, peak: float | None) -> list[str]:
+def described(run: Measured, peak: float | None) -> list[str]:
     lines = [
-        f"{found.stage}: {found.ranks} ranks, {1e3 * found.step:.1f} ms a step, "
-        f"{found.samples_per_second:.1f} samples/s, {found.received / 1e6:.1f} MB come to a rank"
+        f"{run.stage}: {run.ranks} ranks, {1e3 * run.step:.1f} ms a step, "
+        f"{run.samples_per_second:.1f} samples/s, {run.received / 1e6:.1f} MB come to a rank"
     ]
-    for name in sorted(found.seconds, key=lambda name: -found.seconds[name]):
-        seconds, work = found.seconds[name], found.flops.get(name, 0.0)
+    for name in sorted(run.seconds, key=lambda name: -run.seconds[name]):
+        seconds, work = run.seconds[name], run.flops.get(name, 0.0)
         line = f"  {name:<14}{1e3 * seconds:>9.1f} ms"
         if work and seconds:
             rate = work / seconds
             line += f"{rate / 1e9:>12.1f} GFLOP/s"
-            line += f"{rate / (found.ranks * peak * 1e12):>8.1%}" if peak else ""
+            line += f"{rate / (run.ranks * peak * 1e12):>8.1%}" if peak else ""
         lines.append(line)
     return lines
 
 
-def compared(found: Measured, base: Measured) -> str:
+def compared(run: Measured, base: Measured) -> str:
     """The measured ratio of samples per second, and the ratio of FLOPs a sample."""
-    measured = found.samples_per_second / base.samples_per_second
-    own = sum(found.flops.values()) / found.samples
+    measured = run.samples_per_second / base.samples_per_second
+    own = sum(run.flops.values()) / run.samples
     other = sum(base.flops.values()) / base.samples
     return (
-        f"{found.stage} against {base.stage}: {measured:.2f} times the samples/s; "
+        f"{run.stage} against {base.stage}: {measured:.2f} times the samples/s; "
         f"by FLOPs alone {other / own:.2f}"
     )
 
@@ -118,11 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stages", type=Path, nargs="+", metavar="RUN/STAGE")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of one rank's device")
     arguments = parser.parse_args(argv)
-    found = [read(stage) for stage in arguments.stages]
-    for one in found:
+    runs = [read(stage) for stage in arguments.stages]
+    for one in runs:
         print(*described(one, arguments.peak), sep="\n")
-    for one in found[:-1]:
-        print(compared(one, found[-1]))
+    for one in runs[:-1]:
+        print(compared(one, runs[-1]))
     return 0
 
 

@@ -40,12 +40,12 @@ def flop_table(works: dict[str, Work]) -> Iterator[str]:
     """Show the TFLOP of a sample with a live teacher, and what a cache saves of them."""
     yield f"{'stage':<10}" + "".join(f"{name:>14}" for name in (*flops.PHASES, "whole"))
     for kind, work in works.items():
-        found = flops.of_stage(work.load, work.sample)
-        whole = sum(found.values())
-        numbers = (*found.values(), whole)
+        counts = flops.of_stage(work.load, work.sample)
+        whole = sum(counts.values())
+        numbers = (*counts.values(), whole)
         yield f"{kind:<10}" + "".join(f"{number / 1e12:>14.2f}" for number in numbers)
         if work.load.kind.reads_cache:
-            saved = found["teacher"]
+            saved = counts["teacher"]
             yield f"  from a cache {whole / (whole - saved):.2f} times fewer"
 
 
@@ -87,13 +87,13 @@ def _plain(load: Load, tokens: float) -> float:
     return flops.weights_forward(load.teacher, tokens) + flops.head_product(load.teacher, tokens)
 
 
-def places(found: dict[str, Plan | Misfit]) -> Iterator[str]:
+def places(plans: dict[str, Plan | Misfit]) -> Iterator[str]:
     """Show one block for each placement of the teacher: whether it fits, and what it costs."""
     yield (
         f"{'teacher':<26}{'stage':<9}{'GPU GiB':>8}{'batch':>6}{'k':>4}{'GB/step in':>11}"
         f"{'step s':>8}{'hours':>8}  waits for"
     )
-    for where, plan in found.items():
+    for where, plan in plans.items():
         if isinstance(plan, Misfit):
             yield f"{where:<26}does not fit: {plan}"
             continue

@@ -139,32 +139,32 @@ class Search:
 
     def __init__(self, works: dict[str, Work], machine: Machine):
         self.works, self.machine = works, machine
-        self._found: dict[tuple, StagePlan | Misfit] = {}
+        self._stage_plans: dict[tuple, StagePlan | Misfit] = {}
 
     def all(self) -> Iterator[Plan | tuple[Setting, Misfit]]:
         for setting in settings():
             stages: dict[str, StagePlan] = {}
             for kind in self.works:
-                found = self.stage(kind, setting)
-                if isinstance(found, Misfit):
-                    yield setting, found
+                stage_plan = self.stage(kind, setting)
+                if isinstance(stage_plan, Misfit):
+                    yield setting, stage_plan
                     break
-                stages[kind] = found
+                stages[kind] = stage_plan
             else:
                 yield Plan(setting, stages)
 
     def by_place(self) -> dict[str, Plan | Misfit]:
         """Find for each placement of the teacher the fastest plan, or the nearest misfit."""
         best: dict[str, Plan | Misfit] = {}
-        for found in self.all():
-            setting = found.setting if isinstance(found, Plan) else found[0]
-            own, before = found if isinstance(found, Plan) else found[1], best.get(setting.where)
+        for result in self.all():
+            setting = result.setting if isinstance(result, Plan) else result[0]
+            own, before = result if isinstance(result, Plan) else result[1], best.get(setting.where)
             if before is None or _is_better(own, before):
                 best[setting.where] = own
         return best
 
     def best(self) -> Plan | None:
-        plans = [found for found in self.all() if isinstance(found, Plan)]
+        plans = [result for result in self.all() if isinstance(result, Plan)]
         return min(plans, key=lambda plan: plan.cost, default=None)
 
     def stage(self, kind: str, setting: Setting) -> StagePlan | Misfit:
@@ -175,15 +175,15 @@ class Search:
         )  # fmt: skip
         if not work.load.kind.reads_cache:
             own = own._replace(cache=False)
-        if (kind, own) not in self._found:
+        if (kind, own) not in self._stage_plans:
             tried = [self._try(kind, arranged(work, own, size)) for size in SIZES]
-            plans = [found for found in tried if isinstance(found, StagePlan)]
-            self._found[kind, own] = (
+            plans = [stage_plan for stage_plan in tried if isinstance(stage_plan, StagePlan)]
+            self._stage_plans[kind, own] = (
                 min(plans, key=lambda plan: plan.cost)
                 if plans
                 else min((m for m in tried if isinstance(m, Misfit)), key=lambda m: m.over)
             )
-        return self._found[kind, own]
+        return self._stage_plans[kind, own]
 
     def _try(self, kind: str, load: Load) -> StagePlan | Misfit:
         work, gpu = self.works[kind], self.machine.gpu

@@ -79,15 +79,15 @@ class Checkpoints:
             if name not in names:
                 shown = ", ".join(names) or "none"
                 raise UserError(f"{self.folder}: no whole checkpoint {name}; there are: {shown}")
-            if found := verify(self.folder / name, self.config.trust):
-                raise UserError(f"{self.folder / name}: {found}; resume from another")
+            if problem := verify(self.folder / name, self.config.trust):
+                raise UserError(f"{self.folder / name}: {problem}; resume from another")
             return self.folder / name
         for name in reversed(names):
-            found = verify(self.folder / name, self.config.trust)
-            if found is None:
+            problem = verify(self.folder / name, self.config.trust)
+            if problem is None:
                 return self.folder / name
             if dist.is_main():
-                print(f"{self.folder / name}: {found}; left out", file=sys.stderr, flush=True)
+                print(f"{self.folder / name}: {problem}; left out", file=sys.stderr, flush=True)
         if names or was_saved:
             raise UserError(
                 f"{self.folder}: checkpoints were written here and none is whole; restore one, "
@@ -256,10 +256,10 @@ def verify(path: Path, is_trusted: bool = False) -> str | None:
     try:
         manifest = read_manifest(path)
         names = sorted(manifest["files"])[dist.rank() :: dist.world_size()]
-        found = defect(path, manifest["files"], names)
+        problem = defect(path, manifest["files"], names)
     except UserError as error:
-        found = str(error)
-    return next(filter(None, dist.gather_objects(found)), None)
+        problem = str(error)
+    return next(filter(None, dist.gather_objects(problem)), None)
 
 
 def consolidate(path: Path) -> dict[str, Tensor]:

@@ -28,14 +28,14 @@ class InLoopScores:
         numbers = range(min(self.num_samples, len(self.reader)))
         own = list(numbers[dist.rank() :: dist.world_size()])
         rounds = -(-len(numbers) // (self.batch_size * dist.world_size()))
-        found: list[tuple[str, float]] = []
+        own_scores: list[tuple[str, float]] = []
         for first in range(0, rounds * self.batch_size, self.batch_size):
             samples = [self.reader.read(n) for n in own[first : first + self.batch_size]]
             texts = decode(student, self.encoders, samples, self.max_new_tokens, likeliest)
-            found += [
+            own_scores += [
                 (s.kind, self._score(s, text)) for s, text in zip(samples, texts, strict=True)
             ]
-        everywhere = [pair for part in dist.gather_objects(found) for pair in part]
+        everywhere = [pair for part in dist.gather_objects(own_scores) for pair in part]
         kinds = {"overall": [score for _, score in everywhere]}
         for kind, score in everywhere:
             kinds.setdefault(kind, []).append(score)

@@ -111,11 +111,11 @@ def refuse_foreign(folder: Path) -> None:
     Raises UserError for a folder, or a file in it, of another user or writable by everyone.
     """
     for path in [folder, *folder.rglob("*")]:
-        found = path.lstat()
-        writable = bool(found.st_mode & stat.S_IWOTH) and not stat.S_ISLNK(found.st_mode)
-        if found.st_uid == os.getuid() and not writable:
+        status = path.lstat()
+        writable = bool(status.st_mode & stat.S_IWOTH) and not stat.S_ISLNK(status.st_mode)
+        if status.st_uid == os.getuid() and not writable:
             continue
-        why = "anyone may write it" if writable else f"it belongs to user {found.st_uid}"
+        why = "anyone may write it" if writable else f"it belongs to user {status.st_uid}"
         raise UserError(
             f"{path}: {why}, and loading a checkpoint runs what is in it; chown or chmod it, "
             "or say --trust-checkpoint"

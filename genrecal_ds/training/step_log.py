@@ -98,11 +98,11 @@ def token_counts(micro: Sequence[PairBatch]) -> dict[str, int]:
 def rates(tokens: dict[str, int], phases: dict[str, float], seconds: float) -> dict[str, float]:
     """Tokens per second over all ranks in each phase's own time, and overall."""
     of_phase = {"teacher": "teacher", "student": "student", "recalibrator": "packed"}
-    found = {
+    per_second = {
         phase: tokens[kind] / phases[phase] for phase, kind in of_phase.items() if phases.get(phase)
     }
-    found["step"] = (tokens["student"] + tokens["teacher"]) / seconds
-    return {name: round(rate, 1) for name, rate in found.items()}
+    per_second["step"] = (tokens["student"] + tokens["teacher"]) / seconds
+    return {name: round(rate, 1) for name, rate in per_second.items()}
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:

@@ -64,8 +64,8 @@ class Caches:
         files = sorted(source.path.glob("*.safetensors"))
         mine = {path.name: file_sha256(path) for path in files[dist.rank() :: dist.world_size()]}
         hashes: dict[str, str] = {}
-        for found in dist.gather_objects(mine):
-            hashes |= found
+        for of_rank in dist.gather_objects(mine):
+            hashes |= of_rank
         listed = "\n".join(f"{name} {digest}" for name, digest in sorted(hashes.items()))
         return cls(recipe, encoders, {
             "weights": hashlib.sha256(listed.encode()).hexdigest(),

@@ -185,10 +185,10 @@ def require_facts(values: dict[str, Any]) -> None:
     """Raises UserError when a stage's probes say that the method does not work."""
     from genrecal_ds.analysis.probes import facts
 
-    found = facts(values)
-    for fact, holds in found.items():
+    verdicts = facts(values)
+    for fact, holds in verdicts.items():
         print(f"{'holds' if holds else 'FAILS'}: {fact}")
-    if failed := [fact for fact, holds in found.items() if not holds]:
+    if failed := [fact for fact, holds in verdicts.items() if not holds]:
         raise UserError(f"it does not hold that {failed[0]}; see probes.json")
 
 

@@ -35,8 +35,8 @@ def box_iou(prediction: str, answers: Sequence[str], scale: float = 1.0) -> floa
 
 def _box(text: str) -> list[float]:
     """Read the first four numbers in brackets, else the first four numbers of the text."""
-    found = _IN_BRACKETS.search(text)
-    numbers = found.groups() if found else _NUMBER.findall(text)[:4]
+    match = _IN_BRACKETS.search(text)
+    numbers = match.groups() if match else _NUMBER.findall(text)[:4]
     return [float(number) for number in numbers]
 
 

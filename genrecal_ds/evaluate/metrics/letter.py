@@ -21,8 +21,8 @@ def letter_of(text: str) -> str | None:
     if len(text) == 1 and text.upper() in "ABCDEFGHIJ":
         return text.upper()
     for pattern in (_ALONE, _LEADING):
-        if found := pattern.search(text):
-            return found[1]
+        if match := pattern.search(text):
+            return match[1]
     named = re.findall(_NAMED, re.sub(r"(?i)\b(answer|option|choice)\b", _lower, text))
     if named:
         return named[-1]
@@ -30,5 +30,5 @@ def letter_of(text: str) -> str | None:
     return last[1] if last else None
 
 
-def _lower(found: re.Match) -> str:
-    return found[0].lower()
+def _lower(match: re.Match) -> str:
+    return match[0].lower()

@@ -43,17 +43,17 @@ something'd've there'd've they'd've who'd've wouldn't've you'd've y'all'll
 
 
 def _contractions() -> dict[str, str]:
-    found = {word.replace("'", ""): word for word in _WITH_APOSTROPHE}
+    contractions = {word.replace("'", ""): word for word in _WITH_APOSTROPHE}
     for word in _WITH_TWO:
         first, second = word.index("'"), word.rindex("'")
         for place in (first, second):
-            found[word[:place] + word[place + 1 :]] = word
+            contractions[word[:place] + word[place + 1 :]] = word
     # Not by these rules, but in the original's list.
-    found |= {"shed've": "she'd've", "she'dve": "she'd've", "wed've": "we'd've",
+    contractions |= {"shed've": "she'd've", "she'dve": "she'd've", "wed've": "we'd've",
               "we'dve": "we'd've", "somebody'd": "somebodyd", "y'alld've": "y'all'd've",
               "yall'd've": "y'all'd've", "y'all'dve": "y'all'd've",
               "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at"}  # fmt: skip
-    return found
+    return contractions
 
 
 _CONTRACTIONS = _contractions()

@@ -87,12 +87,12 @@ def batch_digest(samples: Sequence[int]) -> int:
 
 def _differences(step: int, schedule: str) -> str:
     """What the ranks are about to call, most common first; a collective."""
-    found: dict[str, list[int]] = {}
+    ranks_of: dict[str, list[int]] = {}
     for rank, text in enumerate(dist.gather_objects(schedule)):
-        found.setdefault(text, []).append(rank)
+        ranks_of.setdefault(text, []).append(rank)
     parts = [
         f"{_ranks(ranks)}: {text}"
-        for text, ranks in sorted(found.items(), key=lambda item: -len(item[1]))
+        for text, ranks in sorted(ranks_of.items(), key=lambda item: -len(item[1]))
     ]
     return f"step {step}: ranks would call different modules: " + "; ".join(parts)
 

@@ -61,18 +61,18 @@ class Faults:
         self, step: int, micro: Sequence[PairBatch], values: dict[str, float]
     ) -> list[str]:
         """Names among values (the same on every rank) that left their usual range upwards."""
-        found = []
+        spikes = []
         for name, value in values.items():
             history = self._history.setdefault(name, deque(maxlen=WINDOW))
             if self.config.spike_sigmas and len(history) >= MIN_HISTORY:
                 mean, sigma = statistics.fmean(history), statistics.pstdev(history)
                 if value > mean + self.config.spike_sigmas * max(sigma, 1e-6 * abs(mean)):
-                    found.append(name)
+                    spikes.append(name)
                     usual = {"value": value, "mean": mean, "sigma": sigma}
                     self._write(f"spike of {name}", step, micro, usual)
             if math.isfinite(value):
                 history.append(value)
-        return found
+        return spikes
 
     def _write(
         self, kind: str, step: int, micro: Sequence[PairBatch], facts: dict[str, object]
@@ -80,7 +80,7 @@ class Faults:
         """One line of this rank, with the keys of the samples that it had."""
         samples = [sample for batch in micro for sample in batch.sample_ids]
         read = self.reader.read_many(samples)
-        keys = [str(found) if isinstance(found, BadSample) else found.key for found in read]
+        keys = [str(sample) if isinstance(sample, BadSample) else sample.key for sample in read]
         line = {"kind": kind, "step": step + 1, **facts, "samples": samples, "keys": keys}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"rank{dist.rank()}.jsonl").open("a") as file:

@@ -151,7 +151,7 @@ class _Board:
         after = self._read()
         if after is None:
             return gone
-        silent = [rank for rank, found in after.items() if found == before.get(rank)]
+        silent = [rank for rank, place in after.items() if place == before.get(rank)]
         if silent:
             word = "rank " + ", ".join(map(str, silent[:8])) + " is stopped or gone, last seen in "
             return word + _described(after[silent[0]])
