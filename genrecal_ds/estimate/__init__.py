@@ -1,1 +1,1 @@
-"""Memory and FLOPs of a stage by arithmetic, and the sizes they are computed from."""
+"""Computes memory and FLOPs of a stage from the sizes of its models."""

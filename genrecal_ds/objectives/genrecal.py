@@ -27,7 +27,7 @@ class GenRecal(Objective):
         assert parts.recalibrator is not None and parts.head is not None
         self.recalibrator: Recalibrator = parts.recalibrator
         self.teacher_head: FrozenHead = parts.head
-        # In the order in which data/batch.py lays the passes out.
+        # data/batch.py lays the passes out in this order.
         self.passes = ("mixed", "regular") if parts.stage.has_regular else ("mixed",)
 
     def teacher_term(
@@ -38,7 +38,7 @@ class GenRecal(Objective):
         totals: Totals,
         report: Report,
     ) -> Tensor:
-        """L_ar + L_kl of every pass, in one call of the teacher's head."""
+        """Return L_ar + L_kl of every pass, by one call of the teacher's head."""
         teacher = batch.teacher
         assert teacher is not None
         with self.clock.phase("recalibrator"):
@@ -50,12 +50,12 @@ class GenRecal(Objective):
     def recalibrate(
         self, hidden_BSD: Tensor, teacher: TeacherBatch, teacher_rows: TeacherRows
     ) -> Tensor:
-        """[K, N, H]: the Recalibrator's loss rows of every pass."""
+        """Return the Recalibrator's loss rows of every pass, [K, N, H]."""
         rows = self.recalibrator(hidden_BSD, teacher_rows.inputs_AH, teacher.layout)
         return rows.unflatten(0, (-1, teacher.labels_N.shape[0]))
 
     def labels(self, teacher: TeacherBatch) -> Tensor:
-        """[N]: the teacher's labels; IGNORE on boundary rows while losses.boundary is false."""
+        """Return the teacher's labels [N]; IGNORE on boundary rows if losses.boundary is false."""
         if self.losses.boundary:
             return teacher.labels_N
         return teacher.labels_N.masked_fill(teacher.boundary_N, IGNORE)
@@ -89,7 +89,7 @@ class GenRecal(Objective):
         report: Report,
     ) -> Tensor:
         losses, labels_N, boundary_N = self.losses, self.labels(teacher), teacher.boundary_N
-        # Algorithm 2: the regularizer's form says which terms the regular pass has, at weight 1.
+        # Algorithm 2: losses.regularizer says which terms the regular pass has, at weight 1.
         weights = {
             "mixed": (losses.ar, losses.kl),
             "regular": (float("ce" in losses.regularizer), float("kl" in losses.regularizer)),

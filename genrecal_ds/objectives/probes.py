@@ -1,8 +1,8 @@
-"""What each class of rows learns, and from where: measurements beside the loss, without a gradient.
+"""Measures what each class of rows learns, and from where; no parameter gets a gradient.
 
 The mixed pass teaches the student through its question states. The probes exchange or remove those
-states and measure the losses again, and they take each term's gradient at the student's rows. The
-norms are taken at a detached copy of those rows, so no parameter gets a gradient here.
+states and measure the losses again. The probes also take each term's gradient at a detached copy
+of the student's rows, so no parameter gets a gradient here.
 
 Shapes: B conversations, S student length, D student width, H teacher width, N teacher loss rows,
 M student loss rows, K passes, P rows of the Recalibrator's input.
@@ -34,7 +34,7 @@ class Recalibration(NamedTuple):
     labels_N: Tensor
 
     def mixed(self, hidden_BSD: Tensor, layout: RecalibratorInput) -> Tensor:
-        """[1, N, H]: the mixed pass's loss rows."""
+        """Return the mixed pass's loss rows, [1, N, H]."""
         rows = self.recalibrator(hidden_BSD, self.rows.inputs_AH, layout)
         return rows[: len(self.labels_N)][None]
 
@@ -47,7 +47,7 @@ class Recalibration(NamedTuple):
 
 @torch.no_grad()
 def probe_questions(of: Recalibration, hidden_BSD: Tensor, report: Report) -> None:
-    """L_ar and L_kl of the mixed pass with another sample's question states, and with none."""
+    """Measure the mixed pass's L_ar and L_kl with another sample's and with zeroed questions."""
     teacher, labels_N = of.teacher, of.labels_N
     exchanged_P = exchanged_questions(teacher, hidden_BSD.shape[1])
     is_alone = len(hidden_BSD) == 1  # no other sample to exchange with
@@ -68,10 +68,10 @@ def probe_gradients(
     totals: Totals,
     report: Report,
 ) -> None:
-    """Norm of each term's gradient at the student's hidden states, boundary rows apart.
+    """Measure each term's gradient norm at the student's hidden states, boundary rows apart.
 
-    student_ce: the student's own cross entropy of hidden states, summed; None where it has no
-    weight, so that it is measured without a gradient.
+    student_ce: the sum of the student's own cross entropy, from hidden states. None where that
+    cross entropy has weight 0; its norm is then 0.
     """
     boundary_N, labels_N = of.teacher.boundary_N, of.labels_N
     with torch.enable_grad():
@@ -97,8 +97,8 @@ def probe_student_rows(
     total: float,
     report: Report,
 ) -> None:
-    """Norm of a baseline's gradient at the student's loss rows, boundary rows apart, beside the
-    norm of the cross entropy's.
+    """Measure the gradient norm of a baseline's distance at the student's loss rows, boundary rows
+    apart, and the norm of the cross entropy's gradient.
 
     distance: the baseline's D, summed, for rows [M, D]. total: the step's student rows.
     """
@@ -119,10 +119,10 @@ def _square(gradient: Tensor, total: float) -> Tensor:
 
 
 def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
-    """layout.source_P with the mixed pass's question states taken from the next sample's turn.
+    """Return layout.source_P with the mixed pass's questions taken from the next sample's turn.
 
-    Rows are counted back from a question's last one, so that boundary rows meet boundary rows.
-    Where the other question is shorter, its first row is taken again.
+    Rows are counted back from a question's last row, so that boundary rows meet boundary rows.
+    Where the other question is shorter, the first row of that question is repeated.
     """
     layout = teacher.layout
     num_rows = len(teacher.boundary_N)  # of one pass

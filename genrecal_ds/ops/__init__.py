@@ -1,3 +1,3 @@
-"""The fused operations. They import torch only; the reference of each is its definition."""
+"""The fused operations. They import torch only; each op's reference is its definition."""
 
-IGNORE = -100  # a label of a row that counts nothing, as in torch's cross_entropy
+IGNORE = -100  # the label of a row that adds nothing, the same number as in torch's cross_entropy

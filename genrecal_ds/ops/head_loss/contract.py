@@ -1,4 +1,4 @@
-"""What head_loss takes and gives, and every refusal of bad input.
+"""Defines what head_loss takes and gives, and refuses bad input.
 
 Shapes: K passes that share teacher rows and labels (1, or 2 in stage 1: mixed, regular),
 N loss rows, H teacher width, V vocabulary.
@@ -39,7 +39,7 @@ def check(
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
 ) -> None:
-    """Raise ValueError naming the first argument that does not fit, and what would."""
+    """Raise ValueError that names the first argument that does not fit, and what would fit."""
     weight = head.weight_VH
     if weight.ndim != 2 or not weight.is_floating_point() or not len(weight):
         raise ValueError(f"head.weight_VH: {shown(weight)}, expected a float matrix [V, H]")

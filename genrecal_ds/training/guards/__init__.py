@@ -1,1 +1,1 @@
-"""What watches a run: agreement of ranks, counts, faults, warnings, stop requests, stalls."""
+"""Watches a run: agreement of ranks, counts, faults, warnings, stop requests, stalls."""
