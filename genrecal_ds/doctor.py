@@ -43,7 +43,7 @@ class Case:
     cluster: Cluster | None = None
     indices: "dict[str, ShardIndex]" = field(default_factory=dict)
     encoders: "dict[str, ChatEncoder]" = field(default_factory=dict)
-    broken: set[str] = field(default_factory=set)  # sides whose architecture cannot be built
+    broken: set[str] = field(default_factory=set)  # sides with an architecture that we cannot build
 
     @property
     def sources(self) -> dict[str, ModelSource]:

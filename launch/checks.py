@@ -10,7 +10,7 @@ from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from launch.recipes import find_recipe
 
-SETUP = Path(__file__).resolve().parents[1] / "setup.py"  # of a checkout; a wheel has none
+SETUP = Path(__file__).resolve().parents[1] / "setup.py"  # only a checkout has it, a wheel does not
 
 
 def read_recipe(arguments: argparse.Namespace, num_ranks: int) -> Recipe:

@@ -1,1 +1,1 @@
-"""What a stage minimises: one file for each objective, all on the skeleton of base.py."""
+"""Computes what a stage minimises: one file per objective, all on the skeleton of base.py."""

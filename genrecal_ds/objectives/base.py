@@ -1,4 +1,4 @@
-"""The skeleton of every objective: the student's body once, then the terms.
+"""Gives every objective its skeleton: runs the student's body once, then adds the terms.
 
     loss = teacher_term + student_term        student_term = CE(head_s(z_s), gt_s)
 

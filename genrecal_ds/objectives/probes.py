@@ -132,7 +132,7 @@ def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
     num_mixed = int(sequence_of_turn[-1]) + 1
     following = (sequence_of_turn + 1) % num_mixed
     first_turn_of = torch.searchsorted(sequence_of_turn, following)
-    other_end = source_P[ends[first_turn_of]]  # its flat student row
+    other_end = source_P[ends[first_turn_of]]  # flat student row of the other question's end
     rows = torch.arange(len(source_P), device=source_P.device)
     turn_P = torch.searchsorted(ends, rows).clamp(max=len(ends) - 1)
     back_P = ends[turn_P] - rows

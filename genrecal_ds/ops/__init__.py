@@ -1,3 +1,3 @@
-"""The fused operations. They import torch only; each op's reference is its definition."""
+"""Holds the fused operations. They import only torch; each op's reference is its definition."""
 
 IGNORE = -100  # the label of a row that adds nothing, the same number as in torch's cross_entropy

@@ -6,12 +6,10 @@ kinds. It imports no torch: a recipe is refused before torch is loaded.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Component = Literal["vision", "projector", "embeddings", "layers", "norm", "head"]
-COMPONENTS: tuple[Component, ...] = (
-    "vision", "projector", "embeddings", "layers", "norm", "head",
-)  # fmt: skip
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 ALL_BUT_VISION = COMPONENTS[1:]
 _OBJECTIVES = "genrecal_ds.objectives."
 
@@ -25,7 +23,7 @@ class Kind:
     """
 
     objective: str  # a module; its function build(Ingredients) returns the objective
-    trains: tuple[Component, ...] = ALL_BUT_VISION  # of the student, unless the stage says `train`
+    trains: tuple[Component, ...] = ALL_BUT_VISION  # student's parts, unless `train` is set
     has_teacher: bool = True
     has_recalibrator: bool = False
     has_regular: bool = False

@@ -29,7 +29,7 @@ def run_recipe(recipe: Recipe, inputs: Inputs, only: str | None = None) -> bool:
     Returns False when the run was asked to stop before the end.
     """
     if dist.is_main():
-        for name in (DONE, STOPPED):  # of an earlier start
+        for name in (DONE, STOPPED):  # left by an earlier start
             (recipe.run_dir / name).unlink(missing_ok=True)
     dist.barrier()
     resume = recipe.resume

@@ -18,7 +18,7 @@ from torch import Tensor
 from genrecal_ds.ops import IGNORE
 from genrecal_ds.ops.head_loss.contract import Head
 
-CPU_BLOCK_BYTES = 1 << 20  # of one logits matrix; a core's second-level cache
+CPU_BLOCK_BYTES = 1 << 20  # one matrix of logits; a core's second-level cache
 
 
 class Coefficients(NamedTuple):
@@ -42,7 +42,7 @@ class RowStats(NamedTuple):
 class Chunk(NamedTuple):
     """The input of an epilogue, which overwrites both matrices of logits."""
 
-    student_KnV: Tensor  # as the GEMM left them: without bias, scale and softcap
+    student_KnV: Tensor  # the GEMM's result, without bias, scale and softcap
     teacher_nV: Tensor | None  # likewise
     labels_n: Tensor  # IGNORE, or a column
     row_weights_n: Tensor  # 0 on ignored rows

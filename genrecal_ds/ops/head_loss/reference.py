@@ -1,4 +1,4 @@
-"""The definition of head_loss: plain torch under autograd, all logits at once, in fp32 or more.
+"""Defines head_loss: plain torch under autograd, all logits at once, in fp32 or more.
 
 Shapes: K passes, N loss rows, H teacher width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The definition of token_align, in plain torch.
+"""Defines token_align in plain torch.
 
 Shapes: B batch, S student length, D student width, H teacher width, A teacher rows used,
 R source rows, U most uses of one row, P packed rows.
