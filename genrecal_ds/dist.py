@@ -39,17 +39,17 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, all together: a rank that left early would reset peers' sockets."""
+    """Leave the process group together: a rank that leaves early resets its peers' sockets."""
     if is_initialized():
         torch_dist.barrier()
         torch_dist.destroy_process_group()
-        # Engines leave cycles that keep the group, and so gloo's threads, into the interpreter's
-        # end; one that still runs there aborts the process, rarely and after all work is done.
+        # Engines leave cycles that keep the group, and so gloo's threads, until the interpreter
+        # ends. A thread that still runs then aborts the process, rarely, after all work is done.
         gc.collect()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """All-reduce in place; the same tensor on one rank."""
+    """All-reduce in place; with one rank return the tensor unchanged."""
     if is_initialized():
         torch_dist.all_reduce(values)
     return values
@@ -66,7 +66,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 @functools.cache
 def host_group() -> torch_dist.ProcessGroup | None:
-    """Return the group of this host's ranks; None where there is one host. A collective, once."""
+    """Return the group of this host's ranks; None for a single host. A collective, once."""
     names = gather_objects(socket.gethostname())
     if len(set(names)) == 1:
         return None
@@ -87,26 +87,26 @@ def from_main(value: Any) -> Any:
 
 
 def raise_together(message: str | None) -> None:
-    """Raise UserError on every rank if any has a message: else the others would wait for it."""
+    """Raise UserError on every rank if any rank has a message: else the others would wait."""
     messages = [text for text in gather_objects(message) if text]
     if messages:
         raise UserError(messages[0])
 
 
 def device() -> torch.device:
-    """The accelerator this rank drives, or the CPU."""
+    """Return the accelerator that this rank drives, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 
 def local_gpus() -> list[int]:
-    """Bytes of memory of each GPU of this machine; empty where there is none."""
+    """List the memory in bytes of each GPU of this machine; empty without a GPU."""
     count = torch.cuda.device_count()
     return [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a clock read afterwards means what it says."""
+    """Wait for the device, so that a clock read afterwards includes the device's work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -43,11 +43,11 @@ class Case:
     cluster: Cluster | None = None
     indices: "dict[str, ShardIndex]" = field(default_factory=dict)
     encoders: "dict[str, ChatEncoder]" = field(default_factory=dict)
-    broken: set[str] = field(default_factory=set)  # sides whose architecture cannot be built
+    broken: set[str] = field(default_factory=set)  # sides with an architecture that we cannot build
 
     @property
     def sources(self) -> dict[str, ModelSource]:
-        """By side; the teacher only where a stage needs one, as in training."""
+        """Return models by side; the teacher only if a stage needs one, the same as in training."""
         own: dict[str, ModelSource] = {"student": self.recipe.student}
         if self.recipe.teacher and any(stage.facts.has_teacher for stage in self.recipe.stages):
             return {"teacher": self.recipe.teacher, **own}
@@ -72,7 +72,7 @@ def models(case: Case) -> None:
             allow_code(source)
             try:
                 vlm = body_of(source)
-            except ImportError as error:  # transformers asks for its package by the attention
+            except ImportError as error:  # the package of this attention is missing
                 raise UserError(f"attention: {' '.join(str(error).split())}; install it") from None
             config = vlm.model.config
             total = sum(parameter.numel() for parameter in vlm.parameters())
@@ -109,7 +109,7 @@ def tokenizers(case: Case) -> None:
 
     for side, source in case.sources.items():
         with case.report.attempt(f"{side}.path", ONE_RELEASE):
-            allow_code(source)  # refused again, in the same words, where it was
+            allow_code(source)  # repeats a refusal of models(), in the same words
             encoder = ChatEncoder(source.path, source.max_length)
             case.encoders[side] = encoder
             vocabulary = encoder.tokenizer.get_vocab()
@@ -126,7 +126,7 @@ def tokenizers(case: Case) -> None:
 
 
 def samples(case: Case) -> None:
-    """Show what is taught on real samples, then their lengths and why some are left out."""
+    """Show what is taught on real samples, the samples' lengths, and why some are left out."""
     from genrecal_ds.analysis import samples as view
     from genrecal_ds.data.loader import PairEncoders
 
@@ -173,7 +173,7 @@ def _lengths(
 
 
 def all_lengths(case: Case) -> None:
-    """Show the lengths of every sample, where data.lengths is measured."""
+    """Show the lengths of every sample if data.lengths is measured."""
     from genrecal_ds.data.lengths import load_table
 
     if case.recipe.data.lengths != "measured":
@@ -331,7 +331,7 @@ def examine(recipe: Recipe, arguments: argparse.Namespace, report: Findings) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 the recipe will run, 2 something was refused."""
+    """Return 0 if the recipe will run, 2 if something was refused."""
     arguments = _parse(argv)
     report = Findings(Console())
     try:

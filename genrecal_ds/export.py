@@ -22,9 +22,9 @@ _PREFIX = "student.model."
 
 
 def export_checkpoint(path: Path, folder: Path) -> None:
-    """A checkpoint in the middle of a stage -> a Hugging Face folder.
+    """Write a checkpoint from the middle of a stage as a Hugging Face folder.
 
-    Frozen parameters come from the folder the stage started from, trained ones from the shards.
+    Frozen parameters come from the folder that the stage started from, the others from the shards.
     """
     from genrecal_ds.training.checkpoint import consolidate, verify
     from genrecal_ds.training.manifest import read_manifest
@@ -44,7 +44,7 @@ def export_checkpoint(path: Path, folder: Path) -> None:
 
 
 def export(source: Path, folder: Path) -> None:
-    """Export a finished stage's folder or one of its checkpoints. Raises UserError otherwise."""
+    """Export a finished stage's folder or a checkpoint. Raises UserError for anything else."""
     if folder.exists():
         raise UserError(f"{folder}: exists already; name a new folder")
     if (source / "student" / "config.json").is_file():

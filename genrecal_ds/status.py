@@ -22,7 +22,7 @@ RECENT = 20  # logged steps that speed is taken from
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 when the folder is no run."""
+    """Return 0, or 2 when the folder is no run."""
     parser = argparse.ArgumentParser(prog="python -m genrecal_ds.status", description=__doc__)
     parser.add_argument("run", type=Path, help="a recipe's run_dir")
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def state_of(run: Path) -> str:
-    """done, stopped (with why and where), or the age of the last line written."""
+    """Say done, stopped (with why and where), or the age of the last line written."""
     if (run / "DONE").is_file():
         return "done"
     if (run / "STOPPED").is_file():
@@ -111,7 +111,7 @@ def show(state: dict[str, Any], console: Console) -> None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read the whole lines of a log that may be being written."""
+    """Read the whole lines of a log to which a run may be writing."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]

@@ -1,8 +1,8 @@
-"""Starts a run over several hosts; keeps its logs and says how it ended.
+"""Starts a run over hosts, keeps its logs, and reports how it ended.
 
 python -m launch RECIPE.yaml --hostfile HOSTS [key=value ...]
 
-Ends with 0 when the run is done, 75 when it was stopped and can go on, else with the code of the
+The exit code is 0 when the run is done, 75 when it was stopped and can go on, else the code of the
 host that failed first. RUN/DONE and RUN/STOPPED say the same.
 """
 
@@ -26,7 +26,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 def main(argv: Sequence[str] | None = None) -> int:
     parser = recipe_parser("python -m launch", __doc__)
     parser.add_argument("--hostfile", type=Path, required=True, help="lines: HOST slots=RANKS")
-    parser.add_argument("--master_addr", help="of the first host, as others reach it")
+    parser.add_argument("--master_addr", help="the first host's address for the others")
     parser.add_argument("--master_port", type=int, default=29500)
     arguments = parser.parse_intermixed_args(argv)
     redact_output()

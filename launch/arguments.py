@@ -1,4 +1,4 @@
-"""Parses the arguments that several commands of launch take."""
+"""Defines the arguments that several commands of launch take."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def recipe_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
-    """Return a parser that knows the recipe, what overrides it, and which stage is asked for."""
+    """Return a parser for a recipe, overrides of its keys, and a stage."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -21,7 +21,7 @@ def recipe_parser(prog: str, description: str | None) -> argparse.ArgumentParser
 
 
 def train_arguments(argv: Sequence[str], description: str | None) -> argparse.Namespace:
-    """Parse what launch/train.py is given."""
+    """Parse the arguments of launch/train.py."""
     parser = recipe_parser("launch/train.py", description)
     parser.add_argument("--hostfile", type=Path, help="start over these hosts (see README)")
     parser.add_argument("--master_addr", help=argparse.SUPPRESS)  # with --hostfile

@@ -3,7 +3,7 @@
 RUN/logs/attempt-001/    attempt.json (when, git hash, where, how far the run was), recipe.yaml as
                          resolved, one log per host or job step
 
-python -m launch.attempt begin RECIPE [key=value ...]   makes it, prints its path
+python -m launch.attempt begin RECIPE [key=value ...]   makes the folder, prints its path
 python -m launch.attempt end   RECIPE [key=value ...]   prints done, stopped, failed or stuck
 python -m launch.attempt stages RECIPE [key=value ...]  prints the stages' names, in order
 """
@@ -32,7 +32,7 @@ MAX_WITHOUT_PROGRESS = 3
 
 
 def begin(recipe: Recipe, **facts: Any) -> Path:
-    """Make the next attempt's folder. facts: of the launcher, JSON."""
+    """Make the next attempt's folder. facts: what the launcher adds, JSON."""
     (recipe.run_dir / STOP_FILE).unlink(missing_ok=True)  # meant for an attempt that was killed
     logs = recipe.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def begin(recipe: Recipe, **facts: Any) -> Path:
 
 
 def git_hash() -> str | None:
-    """Ask git for the running code's commit; + where files differ, None without a repository."""
+    """Ask git for the running code's commit; + if files differ, None without a repository."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -65,7 +65,7 @@ def git_hash() -> str | None:
 
 
 def progress(recipe: Recipe) -> dict[str, int]:
-    """Steps trained so far, by stage: the ledger's last line that is whole."""
+    """Read the steps trained so far, by stage, from the last whole line of each ledger."""
     steps = {}
     for stage in recipe.stages:
         path = recipe.run_dir / stage.name / "ledger.jsonl"
@@ -75,7 +75,7 @@ def progress(recipe: Recipe) -> dict[str, int]:
 
 
 def outcome(recipe: Recipe, stage: str | None = None) -> str:
-    """How the run stands by its markers: done, stopped (can go on) or failed."""
+    """Say how the run stands by its marker files: done, stopped (can go on) or failed."""
     folder = recipe.run_dir / stage if stage else recipe.run_dir
     if (folder / "DONE").is_file():
         return "done"
@@ -83,7 +83,7 @@ def outcome(recipe: Recipe, stage: str | None = None) -> str:
 
 
 def is_stuck(recipe: Recipe) -> bool:
-    """Whether the last attempts all began where the run still is: another would do the same."""
+    """True if the last attempts all began where the run still is: the next would fail too."""
     attempts = sorted((recipe.run_dir / "logs").glob("attempt-*/attempt.json"))
     if len(attempts) < MAX_WITHOUT_PROGRESS:
         return False

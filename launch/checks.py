@@ -1,4 +1,4 @@
-"""Refuses before torch is imported: another torch than ours, a recipe that cannot run."""
+"""Refuses, before torch is imported, a torch out of range and a recipe that cannot run."""
 
 import argparse
 import re
@@ -10,11 +10,11 @@ from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.recipe_file import check_folders, load_recipe
 from launch.recipes import find_recipe
 
-SETUP = Path(__file__).resolve().parents[1] / "setup.py"  # of a checkout; a wheel has none
+SETUP = Path(__file__).resolve().parents[1] / "setup.py"  # only a checkout has it, a wheel does not
 
 
 def read_recipe(arguments: argparse.Namespace, num_ranks: int) -> Recipe:
-    """The recipe that is asked for. Raises UserError for keys, folders, a stage, or batch sizes."""
+    """Read the recipe. Raises UserError for bad keys, folders, stage or batch sizes."""
     recipe = load_recipe(find_recipe(arguments.recipe), arguments.overrides)
     check_folders(recipe)
     names = [stage.name for stage in recipe.stages]
@@ -26,7 +26,7 @@ def read_recipe(arguments: argparse.Namespace, num_ranks: int) -> Recipe:
 
 
 def torch_range() -> tuple[str, str]:
-    """(the lowest version, the first that is too new): setup.py's, or what was installed by it."""
+    """Return (lowest version, first too new), from setup.py or the installed package's facts."""
     text = SETUP.read_text() if SETUP.is_file() else "\n".join(requires("genrecal_ds") or ())
     stated = re.search(r"\btorch([<>=,.\d]+)", text)
     assert stated is not None, "setup.py requires no torch"
@@ -35,7 +35,7 @@ def torch_range() -> tuple[str, str]:
 
 
 def check_torch() -> None:
-    """Raises UserError for an installed torch out of the range."""
+    """Raise UserError for an installed torch out of the range."""
     installed, (low, high) = version("torch"), torch_range()
     if not _numbers(low) <= _numbers(installed) < _numbers(high):
         raise UserError(f"torch {installed} is installed; genrecal_ds needs >= {low}, < {high}")

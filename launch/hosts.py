@@ -1,4 +1,4 @@
-"""Starts a run on every host of a hostfile, and ends it on all of them.
+"""Starts a run on every host of a hostfile, and ends the run on all of them.
 
 DeepSpeed's multi-node launcher is not used. It puts hosts and environment into shell commands,
 reads a .deepspeed_env file if there is one, ends ranks by a pattern on every host, and can report
@@ -22,7 +22,7 @@ from genrecal_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("localhost", "127.0.0.1")
-# What the ranks on other hosts get of this environment. Values travel on stdin.
+# Names that ranks on other hosts get from this environment. Values travel on stdin.
 PASSED = (
     "PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHON", "OMP_", "MKL_", "CUDA_", "NCCL_", "GLOO_",
     "TORCH", "TRITON_", "DS_", "UCX_", "FI_", "HF_", "TRANSFORMERS_", "WANDB_", "AWS_", "GOOGLE_",
@@ -41,7 +41,7 @@ SSH = (
 def run_over(hosts: dict[str, int], arguments: list[str], master: str, logs: Path) -> int:
     """Run launch/train.py's arguments on every host; 0 when all ended well, else the first code.
 
-    hosts: {name: ranks}, as read_hostfile returned it. master: HOST:PORT on the first of them.
+    hosts: {name: ranks}, from read_hostfile. master: HOST:PORT on the first host.
     logs: a folder for one log per host. SIGUSR1, SIGTERM and Ctrl-C stop the run at the next step
     on all hosts; a second Ctrl-C or SIGTERM kills it. Raises UserError for impossible hosts.
     """
@@ -60,7 +60,7 @@ def run_over(hosts: dict[str, int], arguments: list[str], master: str, logs: Pat
 
 
 class Node:
-    """One host: the process that runs it, its control line, and its log."""
+    """One host: the process that runs its ranks, the control line, and the log."""
 
     def __init__(self, host: str, command: list[str], logs: Path):
         self.host = host
@@ -130,7 +130,7 @@ def _forward_signals(nodes: list[Node]) -> None:
 
 
 def _wait(nodes: Iterable[Node]) -> int:
-    """Wait until all hosts have ended; the first that fails ends the others."""
+    """Wait until all hosts have ended; the first host that fails ends the others."""
     running, first_code = list(nodes), 0
     while running:
         for node in list(running):
@@ -143,7 +143,7 @@ def _wait(nodes: Iterable[Node]) -> int:
                 print(f"{node.host}: its ranks ended with code {first_code}; ending all hosts",
                       file=sys.stderr, flush=True)  # fmt: skip
                 for other in running:
-                    # Their ranks miss a peer and end by themselves; the end of stdin sees to it.
+                    # The end of stdin makes launch/node.py end ranks that wait for a lost peer.
                     assert other.process.stdin is not None
                     try:
                         other.process.stdin.close()

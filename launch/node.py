@@ -1,4 +1,4 @@
-"""Runs one host's part of a run by DeepSpeed's launcher; can be ended from afar.
+"""Runs one host's part of a run by DeepSpeed's launcher, which another host can end.
 
 python -m launch.node --hosts a:8,b:8 --node-rank 1 --master a:29500 [--control] -- RECIPE ...
 
@@ -32,7 +32,7 @@ GRACE_SECONDS = 20.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the ranks; return their exit code, 128 + n where a signal n ended them."""
+    """Run the ranks; return their exit code, 128 + n if signal n ended them."""
     arguments = _parse(argv)
     messages: Messages = queue.SimpleQueue()  # may be put to from a signal handler
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.control:
         environment |= json.loads(sys.stdin.readline() or "{}")
         threading.Thread(target=_read_control, args=(messages,), daemon=True).start()
-    # A group of its own: Ctrl-C on a terminal reaches us alone, and we tell the ranks.
+    # The launcher gets its own group: Ctrl-C on a terminal reaches only us, and we tell the ranks.
     launcher = subprocess.Popen(command(arguments), env=environment, start_new_session=True)
     return Ranks(launcher, messages).wait()
 
@@ -89,7 +89,7 @@ class Ranks:
             return self._kill()
         if message == "lost":
             self._allow(GRACE_SECONDS)
-        for rank in ranks:  # the ranks alone: their data workers must live until they are done
+        for rank in ranks:  # the ranks alone: data workers must outlive their rank's last step
             try:
                 rank.send_signal(signal.SIGUSR1)
             except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""Finds which rank this process is where the launcher does not say it in our way."""
+"""Finds out which rank this process is, if its launcher does not set our variables."""
 
 import os
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from launch.__main__ import main as start
 
 
 def start_over_hosts(given: Sequence[str]) -> int:
-    """The card's form: a launcher that knew no hosts started local ranks, and us as one of them.
+    """Start over hosts for `deepspeed launch/train.py .. --hostfile HOSTS`: we are a local rank.
 
-    Local rank 0 starts the run over the hosts, the others leave with 0.
+    Local rank 0 starts the run over the hosts; the other local ranks leave with 0.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) != 0:
         return 0
@@ -18,7 +18,7 @@ def start_over_hosts(given: Sequence[str]) -> int:
 
 
 def ranks_of_slurm() -> None:
-    """`srun python launch/train.py`: SLURM's names of a rank, where no launcher gave ours.
+    """Set our names of a rank from SLURM's, for `srun python launch/train.py`.
 
     MASTER_ADDR and MASTER_PORT come from the job script.
     """

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout, not installed
     from genrecal_ds.training.guards import stopping
 
-    stopping.listen()  # before anything slow: until then SIGUSR1 would end the process
+    stopping.listen()  # before slow imports: until then SIGUSR1 ends the process
 
 from genrecal_ds.console.command import command_of_ranks
 from genrecal_ds.console.redact import redact_output
@@ -29,7 +29,7 @@ from launch.ranks import ranks_of_slurm, start_over_hosts
 
 @command_of_ranks
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 done or stopped on request (RUN/DONE, RUN/STOPPED say which), 2 a mistake of the user."""
+    """Return 0 if done or stopped on request (RUN/DONE, RUN/STOPPED say which), 2 on a mistake."""
     given = sys.argv[1:] if argv is None else argv
     arguments = train_arguments(given, __doc__)
     if arguments.hostfile is not None:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         dry_run(recipe)
         return 0
-    redact_output()  # before the heavy imports: their loggers keep the streams that they find
+    redact_output()  # before the heavy imports: their loggers keep the first streams
     from genrecal_ds.training.start import train
 
     train(recipe, arguments.stage, arguments.cache_only)

@@ -1,1 +1,1 @@
-"""Computes memory and FLOPs of a stage by arithmetic, and the sizes that both need."""
+"""Computes memory and FLOPs of a stage from the sizes of its models."""

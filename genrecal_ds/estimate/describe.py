@@ -1,4 +1,4 @@
-"""Shows what a stage trains and how large it is, on the meta device: no weights, no memory."""
+"""Says what a stage trains and how large it is, on the meta device: no weights, no memory."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from genrecal_ds.recipe.stage_config import StageConfig
 
 
 def describe_blocks(recipe: Recipe) -> str:
-    """Which blocks and attention the Recalibrator runs. Raises UserError if it cannot."""
+    """Name the Recalibrator's blocks and attention. Raises UserError if they cannot run."""
     text_config = read_config(recipe.student.path).get_text_config()
     choice, family = recipe.recalibrator, text_config.model_type
     attention = choose_blocks(family, choice.blocks, choice.attention)
@@ -22,8 +22,8 @@ def describe_blocks(recipe: Recipe) -> str:
 
 
 def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int]]:
-    """(part, parameters, how many of them train) of a stage, on the meta device: needs no memory
-    and no weights."""
+    """Yield (part, parameters, how many of them train) of a stage, on the meta device: needs no
+    memory and no weights."""
     with torch.device("meta"):
         student = VLM.from_config(recipe.student.path, torch.float32)
         if recipe.student.lora:
@@ -51,7 +51,7 @@ def describe(recipe: Recipe, stage: StageConfig) -> Iterator[tuple[str, int, int
 
 
 def freeze_map(recipe: Recipe, stage: StageConfig) -> Iterator[str]:
-    """describe as lines, for people."""
+    """Yield what `describe` gives as lines for people."""
     yield f"stage {stage.name} ({stage.kind})"
     for part, count, trained in describe(recipe, stage):
         word = {count: "trains", 0: "frozen"}.get(trained, f"{trained:,} train: adapters")

@@ -1,11 +1,11 @@
-"""Counts a stage's floating-point operations by arithmetic, per sample and phase. No torch.
+"""Computes floating-point operations of a stage, per sample and phase. Imports no torch.
 
 A multiply-add counts as two. Counted are products with weights, and attention's two products over
 the pairs that a causal mask leaves. Norms, activations, softmax and the vision encoder's own
-attention are not. Phases are those of a step's log: what runs forward under its own name, and
-everything that runs backwards together.
+attention are not counted. The phases are those of a step's log: each forward part under its own
+name, and one phase `backward` for all that runs backwards.
 
-    A answer tokens of a sample, alike on both sides    T, S tokens of the teacher's, the student's
+    A answer tokens of a sample, alike on both sides    T, S tokens of the teacher, the student
     H, D widths                                         V vocabulary
 """
 
@@ -17,7 +17,7 @@ PHASES = ("teacher", "student", "recalibrator", "head", "backward")
 
 
 class SampleTokens(NamedTuple):
-    """Tokens of an average one; visual ones are part of both sides."""
+    """Tokens of an average sample; teacher and student both include the visual tokens."""
 
     teacher: float
     student: float
@@ -26,7 +26,7 @@ class SampleTokens(NamedTuple):
 
 
 def of_stage(load: Load, sample: SampleTokens) -> dict[str, float]:
-    """By phase, of one sample; `head` is both models'. Losses form their gradients forward."""
+    """Count one sample, by phase. `head` has both models' heads; losses form gradients there."""
     counts = dict.fromkeys(PHASES, 0.0)
     body = decoder_forward(load.student, sample.student)
     counts["student"] = body + vision_forward(load.student, sample.visual)
@@ -46,33 +46,33 @@ def of_stage(load: Load, sample: SampleTokens) -> dict[str, float]:
     if not load.depth:
         return counts
     counts["recalibrator"] = recalibrator_forward(load, sample)
-    # Into the teacher's rows, frozen, Proj-pre sends no gradient.
+    # Proj-pre sends no gradient into the teacher's rows, which are frozen.
     spared = _projection(load, _projected_rows(load, sample))
     counts["backward"] += 2 * counts["recalibrator"] - spared
     return counts
 
 
 def student_products(load: Load) -> int:
-    """Products with the student's own head. A term has logits and dx, and dW of a head that trains
-    (as if what is below it did, too); a term that is only measured has logits alone."""
+    """Count products with the student's own head. A term has logits, dx, and dW if the head trains
+    (dx counts even if nothing below trains). A term that is only measured has logits alone."""
     kind, gradient = load.kind, 3 if load.trains_head else 2
     of_ce = kind.trains_student * (gradient if load.ce_trains else 1)
     return of_ce + gradient * kind.has_distance_at_own_head
 
 
 def teacher_products(load: Load) -> int:
-    """Products with the teacher's head: its own logits, and for each pass the student's logits and
-    their gradient."""
+    """Count products with the teacher's head: its own logits, and for each pass the student's
+    logits and their gradient."""
     return 1 if load.kind.has_distance_at_own_head else 1 + 2 * load.passes
 
 
 def decoder_forward(model: Model, tokens: float) -> float:
-    """Decoder layers of one sequence."""
+    """Count the decoder layers for one sequence."""
     return weights_forward(model, tokens) + _attention(model.decoder, model.decoder.layers, tokens)
 
 
 def weights_forward(model: Model, tokens: float) -> float:
-    """The same without attention's own products."""
+    """Count the decoder layers without attention's own products."""
     return 2 * model.matrices * tokens
 
 
@@ -81,17 +81,17 @@ def vision_forward(model: Model, visual_tokens: float) -> float:
 
 
 def head_product(model: Model, rows: float) -> float:
-    """One of the products with a head: logits, or dx, or dW."""
+    """Count one product with a head: logits, or dx, or dW."""
     return 2 * model.vocab * model.decoder.hidden * rows
 
 
 def _attention(decoder: Decoder, layers: int, tokens: float) -> float:
-    """Scores and mixing: 2 * 2 T^2 heads head_dim, half of it under a causal mask."""
+    """Count scores and mixing: 2 * 2 T^2 heads head_dim, half of that under a causal mask."""
     return 2 * layers * decoder.heads * decoder.head_dim * tokens**2
 
 
 def recalibrator_forward(load: Load, sample: SampleTokens) -> float:
-    """The mixed pass has the student's questions, the regular one the teacher's."""
+    """Count all passes: the mixed with the student's questions, the regular with the teacher's."""
     rows = [sample.student, sample.teacher][: load.passes]
     blocks = sum(_blocks(load, count, sample.answer) for count in rows)
     projected = _projected_rows(load, sample) + load.passes * sample.answer
@@ -99,7 +99,7 @@ def recalibrator_forward(load: Load, sample: SampleTokens) -> float:
 
 
 def _projected_rows(load: Load, sample: SampleTokens) -> float:
-    """Through Proj-pre; the answer's are shared by the passes."""
+    """Count the rows that go through Proj-pre; the passes share the answer's rows."""
     return sample.teacher if load.has_regular else sample.answer
 
 
@@ -109,14 +109,14 @@ def _projection(load: Load, rows: float) -> float:
 
 
 def _blocks(load: Load, rows: float, answer: float) -> float:
-    """Of one sequence; the last packed block runs Q, O and MLP on the loss rows only."""
+    """Count the blocks for one sequence; the last packed block runs Q, O, MLP on loss rows only."""
     student = load.student.decoder
     block = load.student.matrices / student.layers
     whole = 2 * block * rows + _attention(student, 1, rows)
     if not load.packed_recalibrator:
         return load.depth * whole
     keys_values = 2 * student.hidden * student.kv_heads * student.head_dim
-    # Loss rows are few and late: each attends to nearly every row before it.
+    # Loss rows are few and late: each loss row attends to nearly all rows.
     reading = 4 * answer * rows * student.heads * student.head_dim
     last = 2 * keys_values * rows + 2 * (block - keys_values) * answer + reading
     return (load.depth - 1) * whole + last

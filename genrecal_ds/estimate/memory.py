@@ -1,11 +1,11 @@
-"""Computes by arithmetic how much memory a stage needs on a GPU and on a host. No torch.
+"""Computes how much memory a stage needs on a GPU and on a host. Imports no torch.
 
-One formula per part, each named where it is computed; `n` is a number of parameters, `w` the
-bytes of a weight (2 in bf16, 4 in fp32). Parts that never exist together belong to phases:
+Each part has one formula, written beside its number: `n` is a number of parameters, `w` the bytes
+of a weight (2 in bf16, 4 in fp32). Parts that never exist together belong to different phases:
 
     peak = what is always there + the largest of the phases teacher, student, update
 
-No GPU has confirmed them yet. NOT_COUNTED says what they leave out.
+No GPU has confirmed the formulas yet. NOT_COUNTED says what they leave out.
 """
 
 from dataclasses import dataclass, field
@@ -35,24 +35,24 @@ class Decoder(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a model's memory depends on; numbers are parameters, a tied head once."""
+    """The sizes that a model's memory depends on, in parameters; a tied head counts once."""
 
     decoder: Decoder
     vocab: int
     total: int
-    gathered: int  # of the largest module that computes with weights of its own
-    small: int  # of tensors that ZeRO-3 keeps whole on every rank
-    matrices: int  # of the decoder's linear layers
-    largest_matrix: int  # of one of them
+    gathered: int  # the largest module that computes with weights of its own
+    small: int  # tensors that ZeRO-3 keeps whole on every rank
+    matrices: int  # the decoder's linear layers
+    largest_matrix: int  # the largest linear layer of the decoder
     largest_tensor: int
-    body: int  # all but a head of its own
-    tensors: int  # that ZeRO-3 shards
+    body: int  # everything but an untied head
+    tensors: int  # number of tensors that ZeRO-3 shards
     vision: int = 0  # parameters of the vision encoder
-    patches: int = 1  # that one visual token stands for
+    patches: int = 1  # patches of one visual token
 
 
 class Zero(NamedTuple):
-    """What a file of ds_configs/ says about memory; sizes in parameters."""
+    """The settings of a file of ds_configs/ that decide memory; sizes in parameters."""
 
     live: int
     reduce: int
@@ -63,7 +63,7 @@ class Zero(NamedTuple):
 
     @classmethod
     def of(cls, ds_config: dict[str, Any]) -> "Zero":
-        """With DeepSpeed's defaults for what the file leaves out."""
+        """Read a file's settings; DeepSpeed's defaults stand for those that the file leaves out."""
         zero = ds_config.get("zero_optimization", {})
         return cls(
             live=int(zero.get("stage3_max_live_parameters", 1e9)),
@@ -81,7 +81,7 @@ def _is_on_host(zero: dict[str, Any], key: str) -> bool:
 
 @dataclass(frozen=True)
 class Load:
-    """One stage on one rank. Without a teacher there is no Recalibrator and no distance either."""
+    """One stage on one rank. Without a teacher there is no Recalibrator and no distance."""
 
     gpus: int
     per_host: int
@@ -92,7 +92,7 @@ class Load:
     student_tokens: int  # of one sample at most
     kind: Kind
     trained: int  # parameters, the Recalibrator's included
-    trains_student: bool  # else its body runs without a graph
+    trains_student: bool  # else the student's body runs without a graph
     trains_head: bool = False
     ce_trains: bool = True  # else the student's cross entropy is only measured
     checkpointing: bool = False
@@ -100,14 +100,14 @@ class Load:
     teacher_zero: Zero | None = None
     teacher_tokens: int = 0
     placement: Placement | Literal["cache"] = "zero3"
-    teacher_batches: int = 1  # micro-batches of one forward of it
-    recalibrator: int = 0  # parameters; where the kind projects, the projection's
+    teacher_batches: int = 1  # micro-batches of one forward of the teacher
+    recalibrator: int = 0  # parameters of the Recalibrator, or of a kind's projection
     depth: int = 0
-    packed_recalibrator: bool = True  # its blocks are ours (models/packed_blocks.py)
+    packed_recalibrator: bool = True  # the blocks are ours (models/packed_blocks.py)
     has_regular: bool = False
 
     def share(self, numbers: int) -> int:
-        """A rank's part of a flat tensor, the last rank's padded."""
+        """Return a rank's part of a flat tensor; the last rank's part is padded."""
         return -(-numbers // self.gpus)
 
     @property
@@ -116,14 +116,14 @@ class Load:
 
     @property
     def teacher_share(self) -> int:
-        """A rank's parameters of a teacher that is sharded."""
+        """Return a rank's parameters of a sharded teacher."""
         assert self.teacher is not None
         ranks = min(self.per_host, self.gpus) if self.placement == "zero3_host" else self.gpus
         return -(-self.teacher.total // ranks)
 
     @property
     def passes(self) -> int:
-        """Passes of the Recalibrator; a projection counts as one."""
+        """Count the Recalibrator's passes; a projection counts as one pass."""
         return 1 + self.has_regular
 
     @property
@@ -142,7 +142,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """parts: of one rank. Sums are bytes."""
+    """The memory of one rank, by parts. Sums are bytes."""
 
     parts: tuple[Part, ...] = field(default_factory=tuple)
 
@@ -154,18 +154,18 @@ class Estimate:
         return self.phase("always") + max(self.phase(name) for name in PHASES)
 
     def host(self, ranks: int) -> int:
-        """Of a machine with so many ranks."""
+        """Return the host memory of a machine with so many ranks."""
         return ranks * sum(part.bytes for part in self.parts if part.place == "host")
 
     def largest(self, place: str) -> Part:
-        """The largest part of the peak: what to change first where the whole does not fit."""
+        """Return the largest part of the peak: what to change first if the whole does not fit."""
         peak = max(PHASES, key=self.phase)
         counted = [p for p in self.parts if p.place == place and p.bytes]
         return max((p for p in counted if p.phase in ("always", peak)), key=lambda p: p.bytes)
 
 
 def estimate(load: Load) -> Estimate:
-    """Every part of a rank's memory."""
+    """List every part of a rank's memory."""
     parts = _student(load)
     if load.teacher is not None:
         parts += [*_teacher(load, load.teacher), _frozen_head(load, load.teacher)]
@@ -175,17 +175,17 @@ def estimate(load: Load) -> Estimate:
 
 
 def _student(load: Load) -> list[Part]:
-    """ZeRO-3 with AdamW: each rank holds 1 / gpus of weights, gradient sums and states."""
+    """List ZeRO-3 with AdamW: a rank holds 1 / gpus of weights, gradient sums and states."""
     zero, model = load.student_zero, load.student
     weights = load.width * load.share(model.total + load.recalibrator)
     trained = load.share(load.trained)
     sums = "host" if zero.states_on_host else "gpu"
     offload = "more GPUs, student.lora, or deepspeed.student=student_zero3_offload"
     whole = gathered(model, zero)
-    # A gradient leaves backward whole, and waits in the bucket: in w, and as the fp32 that is sent.
+    # A gradient leaves backward whole. In the bucket it waits in w, and as the fp32 that is sent.
     reduced = load.width * min(model.gathered, load.trained) + (load.width + 4) * zero.reduce
     update = 0 if zero.states_on_host else 4 * min(trained, zero.sub_group)
-    # DeepSpeed updates fp32 weights in place; of others, and of offloaded ones, it has a copy.
+    # DeepSpeed updates fp32 weights in place. It keeps a copy of offloaded and of bf16 weights.
     master = 0 if load.width == 4 and not zero.states_on_host else 4
     return [
         Part("student, Recalibrator: weights", weights, "w n / gpus",
@@ -206,16 +206,16 @@ def _student(load: Load) -> list[Part]:
 
 
 def gathered(model: Model, zero: Zero) -> int:
-    """Parameters that are whole on a rank at once.
+    """Count the parameters that are whole on a rank at once.
 
-    Each module that is entered fetches ahead, also those without weights, so that prefetching
-    runs on to max_live_parameters whatever its bucket's size; then a module's own come in.
+    Every module that is entered fetches ahead, even a module without weights. Prefetching thus
+    reaches max_live_parameters for any bucket size; then the module's own parameters come in.
     """
     return min(model.body, model.gathered + zero.live)
 
 
 def _teacher(load: Load, model: Model) -> list[Part]:
-    """Frozen: no gradient, no state. A replica is whole; in 8 bits its decoder's matrices are."""
+    """List a frozen model: no gradient, no state. replica_int8 has the matrices in 8 bits."""
     w, zero = load.width, load.teacher_zero
     if load.placement == "cache":
         return []
@@ -248,11 +248,11 @@ def _frozen_head(load: Load, model: Model) -> Part:
 
 
 def block_bytes(decoder: Decoder, width: int) -> int:
-    """What one block keeps of one token for backward.
+    """Return the bytes that one block keeps of one token for backward.
 
-    Two norms keep their input in fp32, and both its rounding and their output; attention q, k, v
-    and what leaves it, all as wide as the queries and in two layouts, by row and by sample; the
-    gated MLP gate, act(gate), up and their product:
+    Each of two norms keeps its input in fp32, that input rounded, and its output. Attention keeps
+    q, k, v and its output, all as wide as the queries, in two layouts: by row and by sample. The
+    gated MLP keeps gate, act(gate), up and their product:
 
         2 (4 h + 2 w h) + 8 w h_q + 4 w i
     """
@@ -261,12 +261,12 @@ def block_bytes(decoder: Decoder, width: int) -> int:
 
 
 def forward_bytes(decoder: Decoder, width: int) -> int:
-    """One block of one token without a graph: residual and norm, or the MLP's three tensors."""
+    """Return one block's bytes of one token without a graph: residual, norm, 3 MLP tensors."""
     return width * (2 * decoder.hidden + 3 * decoder.intermediate)
 
 
 def _activations(load: Load) -> list[Part]:
-    """Tokens times what a token keeps: per block; or, checkpointed, w h per block and one block."""
+    """List tokens times what a token keeps: all blocks; checkpointed, w h per block and a block."""
     w, student = load.width, load.student.decoder
     tokens = load.micro_batch * load.student_tokens
     fix = "student.gradient_checkpointing=true, or a smaller batch.micro_batch"
@@ -294,7 +294,7 @@ def _activations(load: Load) -> list[Part]:
         parts.append(Part("projected rows", kept, formula, "student", fix=smaller))
     if not load.depth:
         return parts
-    # The mixed pass has the student's questions, the regular one the teacher's.
+    # The mixed pass has the student's questions, the regular pass the teacher's.
     mixed = max(load.student_tokens, load.teacher_tokens)
     packed = load.micro_batch * (mixed + load.has_regular * load.teacher_tokens)
     kept = load.depth * block_bytes(student, w) + (4 + 2 * w) * teacher.hidden
@@ -306,8 +306,8 @@ def _activations(load: Load) -> list[Part]:
 
 
 def _loss_chunk(load: Load) -> Part:
-    """The largest chunk that a term computes with; dW of a student's head that trains, once for
-    each of its terms."""
+    """Return the largest chunk of any term, and dW once for each term of a student's head that
+    trains."""
     low = load.width * (load.width < 4)
     student, rows = load.student.vocab, load.loss_rows
     chunks = {"no loss of a head": 0}
@@ -337,9 +337,9 @@ def _chunk_bytes(rows: int, per_row: int) -> int:
 
 
 def _host(load: Load) -> list[Part]:
-    """While loading: a rank's share of each model, and one tensor of a file at a time."""
+    """List what loading needs: a rank's share of each model, and one tensor of a file at a time."""
     w = load.width
-    offloaded = load.student_zero.weights_on_host  # then its share is counted as weights
+    offloaded = load.student_zero.weights_on_host  # then the share is counted as weights
     share = 0 if offloaded else w * load.share(load.student.total + load.recalibrator)
     tensor = load.student.largest_tensor
     if load.teacher is not None:

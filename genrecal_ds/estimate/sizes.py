@@ -1,4 +1,4 @@
-"""Reads the sizes that memory.py needs from a recipe's folders: no weights, no GPU."""
+"""Reads the sizes for memory.py from a recipe's folders. Needs no weights and no GPU."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from genrecal_ds.recipe.stage_config import StageConfig
 
 
 def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Load:
-    """A stage's memory on one of so many ranks. Raises UserError as training would."""
+    """Return a stage's load on one of `gpus` ranks. Raises UserError where training would."""
     student = skeleton(recipe.student.path)
     if recipe.student.lora:
         with torch.device("meta"):
@@ -48,7 +48,7 @@ def load_of(recipe: Recipe, stage: StageConfig, gpus: int, per_host: int) -> Loa
 def _beside_teacher(load: Load, recipe: Recipe, stage: StageConfig, student: VLM) -> Load:
     assert recipe.teacher is not None  # a rule of config.Recipe
     zero = Zero.of(load_ds_config(recipe.teacher_ds_config))
-    # Rounded: an estimate is of use also where the batch does not divide yet.
+    # Rounded: an estimate is useful even if the batch does not divide yet.
     micro_steps = max(1, recipe.global_batch(stage) // (load.micro_batch * load.gpus))
     chosen, family = recipe.recalibrator, student.text_config.model_type
     return replace(
@@ -65,7 +65,7 @@ def _beside_teacher(load: Load, recipe: Recipe, stage: StageConfig, student: VLM
 
 
 def model_of(vlm: VLM, keeps_whole: int) -> Model:
-    """keeps_whole: ZeRO-3 shards no tensor of at most so many numbers."""
+    """Measure a model. keeps_whole: ZeRO-3 shards no tensor of at most so many numbers."""
     text = vlm.text_config
     heads = text.num_attention_heads
     decoder = Decoder(
@@ -98,7 +98,7 @@ def model_of(vlm: VLM, keeps_whole: int) -> Model:
 
 
 def _patches_of_a_token(config: PreTrainedConfig) -> int:
-    """How many patches a family joins into one visual token, by the names they give it."""
+    """Return how many patches a family joins into one visual token; configs name it differently."""
     vision = getattr(config, "vision_config", None)
     if merge := getattr(vision, "spatial_merge_size", None):
         return merge**2
@@ -108,6 +108,6 @@ def _patches_of_a_token(config: PreTrainedConfig) -> int:
 
 
 def body_of(source: ModelSource) -> VLM:
-    """A folder's architecture on the meta device, as the recipe wants it to run."""
+    """Build a folder's architecture on the meta device, with the recipe's packing and attention."""
     with torch.device("meta"):
         return VLM.from_config(source.path, torch.float32, source.pack, source.attention)

@@ -1,1 +1,1 @@
-"""Defines what a stage minimises: one file for each objective, all on base.py's skeleton."""
+"""Computes what a stage minimises: one file per objective, all on the skeleton of base.py."""

@@ -1,10 +1,10 @@
-"""Defines the skeleton of every objective: the student's body once, then the terms.
+"""Gives every objective its skeleton: runs the student's body once, then adds the terms.
 
     loss = teacher_term + student_term        student_term = CE(head_s(z_s), gt_s)
 
-An objective adds its teacher's term and nothing else; the trainer knows this file only. Both terms
-are divided by row counts of the whole optimizer step, so the loss depends neither on the number of
-ranks nor on the micro-batch.
+An objective adds its teacher's term and nothing else. The trainer knows only this file. Both terms
+are divided by row counts of the whole optimizer step. The loss therefore depends neither on the
+number of ranks nor on the micro-batch.
 
 Shapes: B conversations, S student length, D student width, H teacher width, A teacher rows
 entering the Recalibrator, N teacher loss rows, M student loss rows.
@@ -53,7 +53,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What an objective may be built from; None where the stage's kind asks for none."""
+    """What an objective may be built from; a part that the stage's kind does not use is None."""
 
     stage: StageConfig
     student: VLM
@@ -65,8 +65,8 @@ class Ingredients:
 
 
 class Objective(nn.Module):
-    """Owns what trains. The teacher's head is plain tensors: no optimizer and no checkpoint sees
-    it (models/head.py)."""
+    """Owns what trains. The teacher's head is plain tensors (models/head.py), so no optimizer and
+    no checkpoint holds that head."""
 
     def __init__(self, parts: Ingredients):
         super().__init__()
@@ -80,7 +80,7 @@ class Objective(nn.Module):
         totals: Totals,
         probe: bool = False,
     ) -> tuple[Tensor, Report]:
-        """(loss, Report). probe adds what each class of rows learns, and from where."""
+        """Return (loss, Report). probe: also measure what each class of rows learns, from where."""
         report, terms = Report(), []
         with self.clock.phase("student"):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_student):
@@ -106,19 +106,19 @@ class Objective(nn.Module):
     def student_term(
         self, hidden_BSD: Tensor, student: StudentBatch, totals: Totals, report: Report
     ) -> Tensor:
-        """CE(head_s(z_s), gt_s) of a student that trains."""
+        """Return CE(head_s(z_s), gt_s) of a student that trains."""
         with self.clock.phase("head"):
             ce_sum, ce_M = self.student_ce(hidden_BSD, student)
             valid_M = student.labels_M != IGNORE
             report.add_rows("student_ce", ce_M, student.boundary_M, valid_M)
-        # ZeRO-3 adds to a STALE gradient when a parameter first gets one late in a window;
-        # the last summand keeps the whole body in every micro-step's graph, whatever the terms.
+        # ZeRO-3 adds to a STALE gradient when a parameter first gets one late in a window. The
+        # last summand keeps the whole body in every micro-step's graph, whatever the terms are.
         return ce_sum / totals.student_rows + 0.0 * hidden_BSD.sum()
 
     def student_ce(self, hidden_BSD: Tensor, student: StudentBatch) -> tuple[Tensor, Tensor]:
-        """(weighted CE sum, CE per row [M] detached) of the student's own answer tokens.
+        """Return (weighted CE sum, CE per row [M] detached) of the student's own answer tokens.
 
-        With a weight of 0 it is only measured: one product of the head, no gradient.
+        With a weight of 0 the CE is only measured: one product of the head, no gradient.
         """
         rows_MD = hidden_BSD.flatten(0, 1).index_select(0, student.rows_M)
         losses = self.losses

@@ -1,10 +1,10 @@
-"""Compares the student's next byte with the teacher's, for any two tokenizers. Ours.
+"""Compares the student's own head with the teacher's, byte by byte, for any two tokenizers. Ours.
 
     D = sum over shared boundaries of KL( next byte by head_l(z_l) || next byte by head_s(z_s) )
 
-Every answer row of the student is taught, through the head that is exported, and nothing is thrown
-away; see ops/next_byte.py for what is compared and docs/method.md for when it pays. A boundary
-that only one tokenisation can be asked at (data/byte_matching.py) has no part.
+D teaches every answer row of the student, through the head that is exported. No module is thrown
+away. ops/next_byte.py says what is compared, docs/method.md when it pays. A boundary that only one
+tokenisation has (data/byte_matching.py) adds nothing.
 
 Shapes: M student loss rows, N teacher loss rows, D student width, H teacher width, I shared
 boundaries, C symbols.
@@ -32,7 +32,7 @@ def build(parts: Ingredients) -> "ByteKD":
 
 
 def _vocabularies(parts: Ingredients) -> tuple[ByteVocabulary, ByteVocabulary]:
-    """(teacher's, student's)."""
+    """Build (teacher's, student's) byte vocabulary."""
     matcher, theirs, ours = parts.matcher, parts.encoders.teacher, parts.encoders.student
     assert parts.head is not None and matcher is not None and theirs is not None
     columns, student_columns = len(parts.head.head.weight_VH), parts.student.head.out_features
@@ -72,7 +72,7 @@ class ByteKD(StudentKD):
         return *distance, is_taught_M
 
     def _boundaries(self, batch: PairBatch) -> tuple[Boundaries, Boundaries]:
-        """(teacher's, student's), without those deeper in a token than the tables go."""
+        """Return (teacher's, student's) boundaries that are within the depth of the tables."""
         assert batch.teacher is not None and batch.shared_bytes is not None
         shared = batch.shared_bytes
         theirs = Boundaries(
@@ -88,9 +88,9 @@ class ByteKD(StudentKD):
 
     @torch.no_grad()
     def teacher_mass(self, targets_NH: Tensor, at: Boundaries, most: int) -> Tensor:
-        """[I, C]. Of at most so many of the teacher's rows at once: where its tokens are shorter, a
-        chunk of the student's rows stands beside several times as many."""
-        rows, row = at.row.unique(return_inverse=True)  # boundaries of one token ask the same row
+        """Return log masses [I, C], from at most `most` of the teacher's rows at once. Where the
+        teacher's tokens are shorter, a chunk of student rows meets several times as many rows."""
+        rows, row = at.row.unique(return_inverse=True)  # boundaries in one token share a row
         mass_IC = targets_NH.new_empty(len(row), NUM_SYMBOLS, dtype=wide(targets_NH))
         for start in range(0, len(rows), most):
             logits_nW = self.teacher_head.logits(targets_NH[rows[start : start + most]])

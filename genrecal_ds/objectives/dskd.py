@@ -1,12 +1,11 @@
-"""Reads the student's projected rows through the teacher's head, paired by place (DSKD).
+"""Compares projected student rows with the teacher's through its head (DSKD's teacher space).
 
     D = KL( softmax head_l(z_l) || softmax head_l(W z_s) )
 
-After Zhang et al., arXiv 2406.17328. Theirs has a second half in the student's space, and pairs
-tokens by an attention over both models' embeddings; here the i-th token of a turn's answer stands
-beside the teacher's i-th, as in uld.py. W [H, D] trains with the student and is thrown away.
-
-Beside GenRecal: one linear map instead of decoder blocks, and every answer row is the student's.
+After Zhang et al., arXiv 2406.17328. Their loss has a second half in the student's space and pairs
+tokens by an attention over both models' embeddings. This file has the half in the teacher's space
+and pairs the i-th token of a turn's answer with the teacher's i-th token, like uld.py. W [H, D]
+trains with the student and is thrown away. GenRecal has decoder blocks in place of W.
 
 Shapes: M student loss rows, N teacher loss rows, D student width, H teacher width.
 """
@@ -40,5 +39,5 @@ class ProjectedKD(StudentKD):
         labels_M = batch.teacher.labels_N[index_M].where(is_paired_M, IGNORE)
         rows_MH = self.projection(rows_MD)
         out = self.teacher_head.loss(rows_MH[None], targets_MH, labels_M, [0.0], [1.0])
-        # In the graph even where no row is paired: ZeRO-3 wants a gradient in every micro-step.
+        # W stays in the graph where no row is paired: ZeRO-3 wants a gradient in every micro-step.
         return out.loss_sum + 0.0 * rows_MH.sum(), out.kl_KN[0], is_paired_M

@@ -28,7 +28,7 @@ class GenRecal(Objective):
         assert parts.recalibrator is not None and parts.head is not None
         self.recalibrator: Recalibrator = parts.recalibrator
         self.teacher_head: FrozenHead = parts.head
-        # In the order in which data/batch.py lays the passes out.
+        # data/batch.py lays the passes out in this order.
         self.passes = ("mixed", "regular") if parts.stage.has_regular else ("mixed",)
 
     def teacher_term(self, seen: Seen, report: Report) -> Tensor:
@@ -42,7 +42,7 @@ class GenRecal(Objective):
         return loss_sum / seen.totals.teacher_rows
 
     def labels(self, teacher: TeacherBatch) -> Tensor:
-        """[N]: the teacher's labels; IGNORE on boundary rows while losses.boundary is false."""
+        """Return the teacher's labels [N]; IGNORE on boundary rows if losses.boundary is false."""
         if self.losses.boundary:
             return teacher.labels_N
         return teacher.labels_N.masked_fill(teacher.boundary_N, IGNORE)
@@ -61,7 +61,7 @@ class GenRecal(Objective):
     def _head_terms(self, rows_KNH: Tensor, seen: Seen, report: Report) -> Tensor:
         teacher, targets_NH = seen.teacher, seen.teacher_rows.targets_NH
         losses, labels_N, boundary_N = self.losses, self.labels(teacher), teacher.boundary_N
-        # Algorithm 2: the regularizer's form says which terms the regular pass has, at weight 1.
+        # Algorithm 2: losses.regularizer says which terms the regular pass has, at weight 1.
         weights = {
             "mixed": (losses.ar, losses.kl),
             "regular": (float("ce" in losses.regularizer), float("kl" in losses.regularizer)),

@@ -1,4 +1,4 @@
-"""Computes logit distillation between models that share a tokenizer, over all tokens.
+"""Distils logits over the whole vocabulary, between models that share a tokenizer.
 
 With p the teacher's distribution and q the student's, both softmax(logits / temperature):
 
@@ -8,7 +8,7 @@ With p the teacher's distribution and q the student's, both softmax(logits / tem
     jsd         mix KL(p || m) + (1 - mix) KL(q || m),     GKD, arXiv 2306.13649
                 m = mix p + (1 - mix) q
 
-No temperature**2 is put in front.
+The loss is not multiplied by temperature**2.
 
 Shapes: n rows, V student vocabulary, W teacher vocabulary.
 """
@@ -29,11 +29,11 @@ def build(parts: Ingredients) -> TokenKD:
 
 
 def divergence(losses: LossConfig, vocabulary: int) -> Distance:
-    """The recipe's choice, over the tokens that exist: heads of one tokenizer may be padded
-    differently."""
+    """Return the recipe's divergence over the tokens that exist. The heads of two models with one
+    tokenizer may be padded to different widths."""
 
     def distance(logits_nV: Tensor, teacher_nW: Tensor) -> Tensor:
-        """[n]."""
+        """Return the distance of each row, [n]."""
         log_p, log_q = (
             (logits[:, :vocabulary] / losses.temperature).log_softmax(-1)
             for logits in (teacher_nW, logits_nV)

@@ -1,12 +1,12 @@
-"""Computes multi-level optimal transport, for any two tokenizers (arXiv 2412.14528).
+"""Distils by multi-level optimal transport, any two tokenizers (Cui et al., arXiv 2412.14528).
 
     D = HAD + SEQUENTIAL sum_t -t log s + SINKHORN <P, C>
 
-Both sides' probabilities of one conversation are put in order of their SUM over it, the 50 largest
-kept: what a column means stays the same along the sequence, unlike in uld.py.
-    HAD    sum |t - s|, and beside it -t log s: of tokens at the same place of the same turn
-    <P, C> of all tokens with all: C their L1 distances at temperature 2, P Sinkhorn's plan.
-The paper's alpha is losses.kl, theirs .15. P's columns, the teacher's tokens, sum to 1.
+Each side's columns are ordered by their SUM of probability over one conversation; the 50 largest
+stay. A column thus means the same along the sequence. In uld.py each row has its own order.
+    HAD    sum |t - s|; HAD and -t log s compare tokens at the same place of the same turn
+    <P, C> compares all tokens with all: C is their L1 distance at temperature 2, P Sinkhorn's plan
+losses.kl is the paper's alpha, which is .15 there. P's columns, the teacher's tokens, sum to 1.
 
 Shapes: M student and N teacher loss rows of the micro-batch; of one conversation: m student, n
 teacher rows; V student's, W teacher's vocabulary, K kept columns.
@@ -48,10 +48,10 @@ class MultiLevelOT(StudentKD):
             start: slice(end - n, end)
             for start, size, end, n in zip(starts, student_sizes, ends, teacher_sizes, strict=False)
             if size
-        }  # of the conversation whose student rows start there
+        }  # first student row of a conversation -> teacher rows of that conversation
 
         def of_conversation(logits_mV: Tensor, part: slice) -> Tensor:
-            """Chunks are conversations."""
+            """Return the distances of one conversation: every chunk is one."""
             rows = theirs.get(part.start, slice(0, 0))
             distance_m = self._of_conversation(
                 logits_mV, teacher_rows.targets_NH[rows], index_M[part] - rows.start,
@@ -78,14 +78,14 @@ class MultiLevelOT(StudentKD):
 
 
 def ranked(probabilities_mV: Tensor) -> Tensor:
-    """[m, K]: the columns with the largest sums over the sequence, downwards, padded with 0."""
+    """Return the columns with the largest sums over the sequence, falling, 0-padded: [m, K]."""
     kept = min(KEPT, probabilities_mV.shape[-1])
     columns = probabilities_mV.detach().sum(0).topk(kept).indices
     return F.pad(probabilities_mV[:, columns], (0, KEPT - kept))
 
 
 def transport(student_mK: Tensor, teacher_nK: Tensor) -> Tensor:
-    """[m]: each student row's share of Sinkhorn's cost; in logarithms, which do not underflow."""
+    """Return each student row's share of Sinkhorn's cost, [m]. Logarithms do not underflow."""
     cost_mn = torch.cdist(student_mK, teacher_nK, p=1)
     plan_mn = -cost_mn / ENTROPY
     for _ in range(ITERATIONS):
@@ -95,5 +95,5 @@ def transport(student_mK: Tensor, teacher_nK: Tensor) -> Tensor:
 
 
 def _rows_of(rows: Tensor, input_ids: Tensor) -> list[int]:
-    """How many of the flat rows, in order, each conversation of the batch has."""
+    """Count how many of the flat rows, in order, each conversation of the batch has."""
     return torch.bincount(rows // input_ids.shape[1], minlength=len(input_ids)).tolist()

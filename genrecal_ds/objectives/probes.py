@@ -1,8 +1,8 @@
-"""Measures what each class of rows learns and from where, beside the loss.
+"""Measures what each class of rows learns, and from where; no parameter gets a gradient.
 
 The mixed pass teaches the student through its question states. The probes exchange or remove those
-states and measure the losses again, and they take each term's gradient at the student's rows. The
-norms are taken at a detached copy of those rows, so no parameter gets a gradient here.
+states and measure the losses again. The probes also take each term's gradient at a detached copy
+of the student's rows, so no parameter gets a gradient here.
 
 Shapes: B conversations, S student length, D student width, H teacher width, N teacher loss rows,
 M student loss rows, K passes, P rows of the Recalibrator's input.
@@ -49,10 +49,10 @@ def probe_gradients(
     seen: Seen,
     report: Report,
 ) -> None:
-    """Norm of each term's gradient at the student's hidden states, boundary rows apart.
+    """Measure each term's gradient norm at the student's hidden states, boundary rows apart.
 
-    student_ce: the student's own cross entropy of hidden states, summed; None where it has no
-    weight, so that it is measured without a gradient.
+    student_ce: the sum of the student's own cross entropy, from hidden states. None where that
+    cross entropy has weight 0; its norm is then 0.
     """
     boundary_N, rows, totals = seen.teacher.boundary_N, seen.teacher_rows, seen.totals
     with torch.enable_grad():
@@ -79,8 +79,8 @@ def probe_student_rows(
     total: float,
     report: Report,
 ) -> None:
-    """Norm of a baseline's gradient at the student's loss rows, boundary rows apart, beside the
-    norm of the cross entropy's.
+    """Measure the gradient norm of a baseline's distance at the student's loss rows, boundary rows
+    apart, and the norm of the cross entropy's gradient.
 
     distance: the baseline's D, summed, for rows [M, D]. total: the step's student rows.
     """
@@ -101,10 +101,10 @@ def _square(gradient: Tensor, total: float) -> Tensor:
 
 
 def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
-    """layout.source_P with the mixed pass's question states taken from the next sample's turn.
+    """Return layout.source_P with the mixed pass's questions taken from the next sample's turn.
 
-    Rows are counted back from a question's last one, so that boundary rows meet boundary rows.
-    Where the other question is shorter, its first row is taken again.
+    Rows are counted back from a question's last row, so that boundary rows meet boundary rows.
+    Where the other question is shorter, the first row of that question is repeated.
     """
     layout = teacher.layout
     num_rows = len(teacher.boundary_N)  # of one pass
@@ -114,7 +114,7 @@ def exchanged_questions(teacher: TeacherBatch, student_length: int) -> Tensor:
     num_mixed = int(sequence_of_turn[-1]) + 1
     following = (sequence_of_turn + 1) % num_mixed
     first_turn_of = torch.searchsorted(sequence_of_turn, following)
-    other_end = source_P[ends[first_turn_of]]  # its flat student row
+    other_end = source_P[ends[first_turn_of]]  # flat student row of the other question's end
     rows = torch.arange(len(source_P), device=source_P.device)
     turn_P = torch.searchsorted(ends, rows).clamp(max=len(ends) - 1)
     back_P = ends[turn_P] - rows

@@ -1,6 +1,6 @@
-"""Collects what a step reports: sums with counts, reduced once over ranks; seconds per phase.
+"""Collects what a step reports: sums with counts, reduced once over ranks, and phases' seconds.
 
-Means are kept as (sum, count) until the end: a mean of means depends on how a batch was split.
+A mean is kept as (sum, count) until the end: a mean of means depends on how a batch was split.
 """
 
 import time
@@ -19,17 +19,17 @@ class Report:
     """Detached sums of one or more micro-batches.
 
     means: name -> (sum, count), logged as sum / count. norms: name -> sum of squares, logged as
-    its root. Keys must not depend on the data: ranks reduce them in one flat tensor.
+    its root. Keys must not depend on the data, because ranks reduce all in one flat tensor.
     """
 
     means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
 
     def add_rows(self, name: str, values_N: Tensor, boundary_N: Tensor, valid_N: Tensor) -> None:
-        """A per-row quantity as three means: all rows, boundary rows, other rows.
+        """Add a per-row quantity as three means: all rows, boundary rows, other rows.
 
-        The split is not decoration: a mean over all rows hides whether the one row per turn
-        that hears the student is learnt.
+        A mean over all rows hides whether the boundary row is learnt, the one row per turn that
+        depends on the student.
         """
         values_N = values_N.detach().float()
         for suffix, rows_N in (
@@ -50,7 +50,7 @@ class Report:
         return Report(means, norms)
 
     def reduce(self) -> dict[str, float]:
-        """Sum over ranks and divide. One collective; every rank must call it."""
+        """Sum over ranks and divide. One collective: every rank must call it."""
         flat = [part for pair in self.means.values() for part in pair] + list(self.norms.values())
         if not flat:
             return {}
@@ -67,12 +67,12 @@ class Report:
 
 
 class Clock:
-    """Seconds per phase of the current step. Phases are named where the work is."""
+    """Seconds per phase of the current step. The code that does the work names the phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.precise = False  # wait for the device at phase ends; on logged steps only
-        self.current = ""  # the phase that began last, and how many did: read by the watchdog
+        self.current = ""  # the phase that began last; the watchdog reads it and the count
         self.phases_begun = 0
 
     @contextmanager
@@ -84,7 +84,7 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
     def take(self) -> dict[str, float]:
-        """The seconds so far, and start anew."""
+        """Return the seconds so far and start again at 0."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 

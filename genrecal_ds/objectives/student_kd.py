@@ -1,11 +1,11 @@
-"""Compares the student's own answer rows with the teacher's: the skeleton of baselines.
+"""Holds what the baselines share that compare the student's own answer rows with the teacher's.
 
     CE(head_s(z_s), gt_s) + losses.kl D
 
 StudentKD adds the distance's term to the skeleton. TokenKD compares distributions token by token:
-the i-th token of a turn's answer stands beside the teacher's i-th token, and tokens that only one
-side has are left out. Its D is given: uld.py for two tokenizers, logit_kd.py for one. Both means
-are over the student's answer tokens of the whole step.
+the i-th token of a turn's answer with the teacher's i-th token. Tokens that only one side has are
+left out. uld.py gives TokenKD's D for two tokenizers, logit_kd.py for one. Both terms are means
+over the student's answer tokens of the whole step.
 
 Shapes: B conversations, S student length, D student width, M student loss rows, N teacher loss
 rows, H teacher width, V student's and W teacher's vocabulary, n rows of a chunk.
@@ -54,9 +54,9 @@ class StudentKD(Objective):
     def kd(
         self, rows_MD: Tensor, batch: PairBatch, teacher_rows: TeacherRows
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(D's sum, its parts by row [M], which rows have one [M] bool).
+        """Return (sum of D, D by row [M], which rows have a D [M] bool).
 
-        Gathers the student's head once, whatever the number of rows, or ranks would differ.
+        Gathers the student's head once for any number of rows: else ranks' collectives differ.
         """
 
 
@@ -83,7 +83,7 @@ class TokenKD(StudentKD):
 
 
 def paired_rows(batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """(teacher's row [M] at the same place of the same turn, whether there is one [M] bool)."""
+    """Return (teacher's row [M] at the same place of the same turn, True where one exists [M])."""
     assert batch.teacher is not None
     starts, teacher_starts = (
         boundary.nonzero().flatten()

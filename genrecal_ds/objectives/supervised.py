@@ -1,10 +1,10 @@
-"""Computes CE(head_s(z_s), gt_s) alone: pretrain, sft and the controls without a teacher."""
+"""Trains by CE(head_s(z_s), gt_s) alone: kinds pretrain and sft, which have no teacher."""
 
 from genrecal_ds.objectives.base import Ingredients, Objective
 
 
 class Supervised(Objective):
-    """Nothing beyond the skeleton: without a teacher only the student's term is left."""
+    """The bare skeleton: without a teacher only the student's term is left."""
 
 
 def build(parts: Ingredients) -> Supervised:

@@ -1,9 +1,10 @@
-"""Computes Universal Logit Distillation, for any two tokenizers (arXiv 2402.12030).
+"""Distils by Universal Logit Distillation, any two tokenizers (Boizard, arXiv 2402.12030).
 
     D(s, t) = sum_i | sort(softmax t)_i - sort(softmax s)_i |
 
-Both sorted downwards, the shorter filled up with zeros: the cost of carrying one distribution
-onto the other when every two tokens are equally far apart. Their weight is 1.5 (losses.kl).
+Both sides are sorted in falling order; the shorter side is padded with zeros. D is the cost of
+moving one distribution onto the other when all tokens are equally far apart. The weight in
+Boizard et al. is 1.5 (losses.kl).
 """
 
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ def build(parts: Ingredients) -> TokenKD:
 
 
 def sorted_distance(logits_nV: Tensor, teacher_nW: Tensor) -> Tensor:
-    """[n], 0 to 2."""
+    """Return D of each row, [n], 0 to 2."""
     student, teacher = (
         logits.softmax(-1).sort(-1, descending=True).values for logits in (logits_nV, teacher_nW)
     )

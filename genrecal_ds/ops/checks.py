@@ -1,4 +1,4 @@
-"""Refuses bad arguments in one line that names the argument and what would fit."""
+"""Refuses bad tensors for all operations: one line names the argument and what would fit."""
 
 from typing import Literal
 
@@ -28,8 +28,8 @@ def expect(
 
 
 def check_labels(labels_N: Tensor, columns: int) -> None:
-    """Labels are read on the CPU only: on CUDA the kernel makes a bad one's loss NaN instead,
-    for a look at them here would stall the stream."""
+    """Refuse labels outside the vocabulary, on the CPU only. On CUDA reading them would stall the
+    stream, so the kernel makes the loss of a bad label NaN."""
     if labels_N.device.type != "cpu" or torch.compiler.is_compiling() or not labels_N.numel():
         return
     bad = (labels_N != IGNORE) & ((labels_N < 0) | (labels_N >= columns))
@@ -40,5 +40,5 @@ def check_labels(labels_N: Tensor, columns: int) -> None:
 
 
 def shown(tensor: Tensor) -> str:
-    """Shape, dtype and device, for a message."""
+    """Return shape, dtype and device as text for a message."""
     return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -1,4 +1,4 @@
-"""Chooses whether the Triton kernels run, by one rule for all fused operations."""
+"""Chooses whether the Triton kernels run: one rule for both fused operations."""
 
 import importlib.util
 import os
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def chosen(impl: str, tensor: Tensor) -> str:
-    """`triton` or `torch` for `auto`, else what was asked for.
+    """Return `triton` or `torch` for `auto`, else `impl` itself.
 
-    Raises ValueError when Triton was asked for and cannot run on this tensor: an explicit
+    Raises ValueError when impl is `triton` and Triton cannot run on this tensor: an explicit
     choice never falls back.
     """
     if impl not in ("auto", "triton", "torch"):

@@ -1,4 +1,4 @@
-"""Multiplies low-precision operands and keeps the product in fp32, on CUDA and on the CPU.
+"""Multiplies low-precision matrices and keeps the products in fp32, on CUDA and on the CPU.
 
 Shapes: n rows, H width, V vocabulary.
 
@@ -13,12 +13,12 @@ CPU_COLUMN_BLOCK = 4096  # columns of a low-precision head converted to fp32 at 
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """The dtype that products of this tensor are kept in: fp32, or fp64 for fp64."""
+    """Return the dtype that products of this tensor are kept in: fp32, or fp64 for fp64."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def project_(out_nV: Tensor, rows_nH: Tensor, weight_VH: Tensor) -> None:
-    """out = rows @ weight.T, accumulated and kept in out's dtype."""
+    """Compute out = rows @ weight.T, accumulated and kept in out's dtype."""
     if rows_nH.dtype == out_nV.dtype:
         torch.mm(rows_nH, weight_VH.t(), out=out_nV)
     elif rows_nH.is_cuda:
@@ -31,7 +31,7 @@ def project_(out_nV: Tensor, rows_nH: Tensor, weight_VH: Tensor) -> None:
 
 
 def add_product_(sum_VH: Tensor, left_nV: Tensor, right_nH: Tensor) -> None:
-    """sum += left.T @ right, added in sum's dtype: a bf16 sum of many chunks loses small ones."""
+    """Add left.T @ right in the dtype of sum: a bf16 sum of many chunks loses small chunks."""
     if left_nV.dtype == sum_VH.dtype:
         torch.addmm(sum_VH, left_nV.t(), right_nH, out=sum_VH)
     elif left_nV.is_cuda:
@@ -41,17 +41,17 @@ def add_product_(sum_VH: Tensor, left_nV: Tensor, right_nH: Tensor) -> None:
 
 
 def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """sums * factor, rounded once to dtype.
+    """Return sums * factor, rounded once to dtype.
 
-    A GPU makes no second copy in the dtype of the sums, which of a head are [V, D] in fp32.
+    A GPU makes no second copy in the dtype of the sums. The sums of a head are [V, D] in fp32.
     """
     return torch.mul(sums, factor, out=sums.new_empty(sums.shape, dtype=dtype))
 
 
 def rows_per_chunk(num_rows: int, bytes_per_row: int, budget: int, multiple: int) -> int:
-    """Rows of one chunk: within the byte budget, balanced over the chunks.
+    """Return the rows of one chunk: within the byte budget, balanced over the chunks.
 
-    Never below `multiple` (128 on CUDA, 16 on the CPU), even where a budget asks for it.
+    The result is never below `multiple` (128 on CUDA, 16 on the CPU), even for a small budget.
     """
     most = max(multiple, budget // bytes_per_row // multiple * multiple)
     if num_rows <= most:

@@ -1,10 +1,10 @@
-"""Computes cross entropy through the STUDENT's head, in row chunks, with one dW.
+"""Computes the cross entropy through the STUDENT's head, in row chunks, with one dW.
 
 Shapes: N loss rows, D student width, V student vocabulary.
 
-One autograd Function takes the weight as ONE input: under ZeRO-3 a weight that is used twice in
-a graph is gathered, and its gradient reduced, once per use; chunking inside keeps it at one. All
-gradients are formed in the forward, while the weight is gathered, so backward needs none of it.
+One autograd Function takes the weight as ONE input. Under ZeRO-3 a weight that is used twice in a
+graph is gathered twice, and its gradient is reduced twice; chunking inside the Function keeps both
+at one. The forward forms all gradients while the weight is gathered: backward needs no weight.
 """
 
 from typing import Literal
@@ -32,7 +32,7 @@ def linear_cross_entropy(
     *,
     impl: Literal["auto", "triton", "torch"] = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(sum of row_weight * CE, CE per row [N] detached); rows with label -100 count nothing.
+    """Return (sum of row_weight * CE, CE per row [N] detached); label -100 adds nothing.
 
     rows_ND: the head's dtype; row_weights_N: any float dtype. Losses are fp32, in nats. Rows,
     weight and bias each get a gradient only if they require one: a frozen head (stage 2) costs
@@ -57,10 +57,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, rows_ND, weight_VD, bias_V, labels_N, row_weights_N, head, implementation, has_grad
     ):
-        # The head comes again for its numbers; its tensors are the inputs that autograd knows.
+        # `head` gives scale and softcap; autograd knows its tensors only as the other inputs.
         head = head._replace(weight_VH=weight_VD, bias_V=bias_V)
         epilogue = epilogue_of(implementation)
-        # needs_input_grad does not know of no_grad, and in here gradients are always off.
+        # needs_input_grad ignores no_grad, and inside a Function gradients are always off.
         wants = [has_grad and needed for needed in ctx.needs_input_grad[:3]]
         wants_rows, wants_weight, wants_bias = wants
         fp, num_rows, vocabulary = wide(weight_VD), len(labels_N), weight_VD.shape[0]

@@ -1,11 +1,11 @@
-"""Computes any distance of the STUDENT's distributions to a target, through its head, in chunks.
+"""Computes any distance of the STUDENT's distributions to a target, by its head, in row chunks.
 
 Shapes: M rows, D student width, V student vocabulary, n rows of a chunk.
 
-Where no closed form exists (a sum by bytes, a sort, a transport plan), autograd differentiates the
-distance from a chunk's logits; the head's own gradients are added up here. As in
-linear_cross_entropy.py the weight is ONE input, whatever the number of chunks, all gradients are
-formed in the forward, and no more than a chunk's logits exist at once.
+A sum by bytes, a sort or a transport plan has no closed form for its gradient. Autograd
+differentiates the distance down to a chunk's logits; this file adds up the head's own gradients.
+The weight is ONE input for any number of chunks, the forward forms all gradients, and only one
+chunk's logits exist at once: linear_cross_entropy.py does the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ from genrecal_ds.ops.head_loss.chunked import CHUNK_BYTES, CHUNK_MULTIPLE
 from genrecal_ds.ops.head_loss.contract import Head
 from genrecal_ds.ops.softcap import softcapped
 
-ChunkDistance = Callable[[Tensor, slice], Tensor]  # (logits [n, V] of the rows, these) -> [n]
-# Of a chunk's logits' size that any distance may hold: JSD's 11, ULD's 10 and what a GPU sorts in,
-# and 2 of a softcapped head.
+ChunkDistance = Callable[[Tensor, slice], Tensor]  # (logits [n, V], their rows) -> [n]
+# Matrices of a chunk's logits' size that any distance may hold. JSD holds 11, ULD 10 and the GPU's
+# memory for sorting, a softcapped head 2 more.
 MATRICES = 16
 
 
@@ -34,13 +34,13 @@ def linear_distance(
     teacher_vocabulary: int = 0,
     matrices: int = MATRICES,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the distances, the distances [M] detached), fp32 (fp64 for fp64 rows).
+    """Return (sum of the distances, the distances [M] detached), fp32 (fp64 for fp64 rows).
 
-    rows_MD: the head's dtype. The distance gets fp32 logits, the head's transform included; what
-    else it reads is a constant. sizes: rows of each chunk, where some have to stay together;
-    default: as many as the byte budget allows, if the distance holds `matrices` of the larger
-    vocabulary, logits and their gradient among them. Rows, weight and bias each get a gradient only
-    if they require one, zeros where no distance depends on them.
+    rows_MD: the head's dtype. The distance gets fp32 logits with the head's transform; anything
+    else that the distance reads is a constant. sizes: rows of each chunk, for rows that have to
+    stay together; default: as many as the byte budget allows if the distance holds `matrices` of
+    the larger vocabulary, logits and their gradient among them. Rows, weight and bias each get a
+    gradient only if they require one, zeros where no distance depends on them.
     Raises ValueError naming the argument that does not fit.
     """
     rows, width = rows_MD.shape
@@ -60,9 +60,9 @@ def linear_distance(
 class _LinearDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_MD, weight_VD, bias_V, head, distance, sizes, has_grad):
-        # The head comes again for its numbers; its tensors are the inputs that autograd knows.
+        # `head` gives scale and softcap; autograd knows its tensors only as the other inputs.
         head = head._replace(weight_VH=weight_VD, bias_V=bias_V)
-        # needs_input_grad does not know of no_grad, and in here gradients are always off.
+        # needs_input_grad ignores no_grad, and inside a Function gradients are always off.
         wants = [has_grad and needed for needed in ctx.needs_input_grad[:3]]
         fp, vocabulary = wide(weight_VD), weight_VD.shape[0]
         distance_M = rows_MD.new_zeros(len(rows_MD), dtype=fp)
@@ -105,7 +105,7 @@ class _LinearDistance(torch.autograd.Function):
 def _of_chunk(
     products_nV: Tensor, head: Head, distance: ChunkDistance, part: slice, has_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(distances [n], their sum's gradient at the products [n, V], None where there is none)."""
+    """Return (distances [n], gradient of their sum at the products [n, V], or None)."""
     with torch.set_grad_enabled(has_grad):
         leaf_nV = products_nV.requires_grad_(has_grad)
         logits_nV = leaf_nV if head.bias_V is None else leaf_nV + head.bias_V.detach()

@@ -1,13 +1,13 @@
-"""Turns logits over tokens into next-byte distributions; KL between two vocabularies.
+"""Turns logits over tokens into distributions over the next byte, and compares two by a KL.
 
-Two models with different tokens say the same kind of thing once asked for the next byte instead of
-the next token: at the start of a token the tokens' probabilities are summed by their first byte;
-inside one, after d of its bytes, over the tokens that start with these bytes, by the one behind.
-The text is taken to be split as its tokenizer splits it: a token that ends before stands for a
-next byte with which no longer token goes on (`rest` below).
+Two models with different tokens become comparable at the next byte instead of the next token. At
+the start of a token, probabilities of tokens are summed by the tokens' first byte. Inside a token,
+after d of its bytes, the sum runs over the tokens that start with these d bytes, by byte d.
+The text is assumed to be split by its own tokenizer, so a token that ends at the boundary stands
+for the next bytes with which no longer token goes on (`rest` below).
 
-Symbols: the 256 bytes, END for the end of the turn (a token's start only), and STOP for tokens
-that end where the boundary is.
+Symbols: the 256 bytes; END for the end of the turn, only at the start of a token; STOP for tokens
+that end at the boundary.
 
 Shapes: I boundaries between bytes, n rows, V vocabulary, W tokens that stand for text, sorted by
 their bytes, D most bytes of a token, C = 258 symbols.
@@ -19,32 +19,32 @@ import torch
 from torch import Tensor
 
 END, STOP, NUM_SYMBOLS = 256, 257, 258
-# Of the logits' size that both functions together hold at once: 6, and 2 of a softcapped head.
-NARROW = 16  # a boundary that more than 1 in so many tokens go on from is summed densely
-_TINY = 1e-38  # in a logarithm: what is there but lost in rounding is not taken for absent
+# Both functions together hold 6 matrices of the logits' size at once, and 2 for a softcapped head.
+NARROW = 16  # a boundary from which more than 1 in NARROW tokens go on is summed densely
+_TINY = 1e-38  # added in a logarithm, so that a mass lost in rounding is not taken for absent
 
 
 class ByteVocabulary(NamedTuple):
-    """Which tokens go on with which byte; models/token_bytes.py makes it."""
+    """Tables of which tokens go on with which byte; models/token_bytes.py makes them."""
 
     first_V: Tensor  # int64: symbol of each token's first byte; STOP for tokens without text
     token_W: Tensor  # int64: token ids, in the order of their bytes
-    place_V: Tensor  # int64: where a token stands in that order, -1 for none
+    place_V: Tensor  # int64: where a token stands in token_W, -1 for none
     symbol_WD: Tensor  # int16: byte d of a token; STOP behind its last
     low_WD: Tensor  # int32: the tokens that share a token's first d bytes are low up to high - 1
     high_WD: Tensor
 
 
 class Boundaries(NamedTuple):
-    """Of one model, [I] each."""
+    """Boundaries between bytes, for one model; each field is [I]."""
 
-    row: Tensor  # int64: whose logits
+    row: Tensor  # int64: the row of logits
     token: Tensor  # int64: the token that the boundary stands in
     depth: Tensor  # int64: bytes of that token before the boundary, below D
 
 
 def next_byte_log_mass(logits_nV: Tensor, at: Boundaries, vocabulary: ByteVocabulary) -> Tensor:
-    """[I, C] fp32 or wider, logarithms up to a constant of each row; -inf for absent symbols."""
+    """Return log masses [I, C], fp32 or wider, up to a constant per row; -inf: no such symbol."""
     is_start = at.depth == 0
     place = vocabulary.place_V[at.token.masked_fill(is_start, 0)]  # a start asks for no token
     low, high = (table[place, at.depth].long() for table in (vocabulary.low_WD, vocabulary.high_WD))
@@ -53,7 +53,7 @@ def next_byte_log_mass(logits_nV: Tensor, at: Boundaries, vocabulary: ByteVocabu
     mass = logits_nV.new_empty(len(at.row), NUM_SYMBOLS)
     mass[is_start] = _dense(logits_nV.index_select(0, at.row[is_start]), vocabulary.first_V)
     mass[is_start, STOP] = -torch.inf  # tokens without text are no continuation of one
-    # Few: what begins with a blank is half of many vocabularies, what begins with a letter 1 in 60.
+    # Few are wide: half of many vocabularies begins with a blank, 1 token in 60 with one letter.
     places = torch.stack([low, high, at.depth], 1)
     for first, last, depth in places[is_wide].unique(dim=0).tolist():
         here = is_wide & (low == first) & (at.depth == depth)
@@ -66,10 +66,10 @@ def next_byte_log_mass(logits_nV: Tensor, at: Boundaries, vocabulary: ByteVocabu
 
 
 def next_byte_kl(teacher_IC: Tensor, student_IC: Tensor) -> Tensor:
-    """KL(teacher || student) [I] of two log masses, over the symbols that both can say.
+    """Return KL(teacher || student) [I] of two log masses, over the symbols that both have.
 
-    All others, and the tokens that end there, are one symbol, `rest`, where both have such. A side
-    that has none cannot stop there: then it is left out, and both are conditioned on the others.
+    All other symbols, and the tokens that end there, are one symbol `rest`, if both sides have one.
+    If a side has no `rest`, `rest` is left out and both are conditioned on the shared symbols.
     """
     is_shared = (teacher_IC > -torch.inf) & (student_IC > -torch.inf)
     is_shared[:, STOP] = False
@@ -77,7 +77,7 @@ def next_byte_kl(teacher_IC: Tensor, student_IC: Tensor) -> Tensor:
     has_rest = torch.stack([side[:, -1] > -torch.inf for side in sides]).all(0)
     taken = torch.cat([is_shared, has_rest[:, None]], 1)
     taken[:, -1] |= ~taken.any(1)  # nothing to compare: one symbol of mass 1 on both sides
-    # Where nothing is taken a finite number stands: -inf would make the gradient NaN.
+    # Symbols that are not taken get a finite number: -inf would make the gradient NaN.
     log_p, log_q = (
         side.masked_fill(~taken, -1e30).masked_fill(side == -torch.inf, -1e30).log_softmax(-1)
         for side in sides
@@ -86,7 +86,7 @@ def next_byte_kl(teacher_IC: Tensor, student_IC: Tensor) -> Tensor:
 
 
 def _with_rest(mass_IC: Tensor, is_shared: Tensor) -> Tensor:
-    """[I, C + 1]: the mass of all symbols that are not shared behind the others."""
+    """Append the mass of all symbols that are not shared: [I, C + 1]."""
     others = mass_IC.masked_fill(is_shared, -torch.inf)
     is_there = (others > -torch.inf).any(-1)
     safe = others.masked_fill(~is_there[:, None], 0.0)  # logsumexp of nothing has a NaN gradient
@@ -95,7 +95,7 @@ def _with_rest(mass_IC: Tensor, is_shared: Tensor) -> Tensor:
 
 
 def _dense(logits_iw: Tensor, symbol_w: Tensor) -> Tensor:
-    """[i, C] of boundaries that the same tokens go on from."""
+    """Return [i, C] for boundaries from which the same tokens go on."""
     shifted = logits_iw - logits_iw.detach().amax(-1, keepdim=True)
     summed = shifted.new_zeros(len(shifted), NUM_SYMBOLS).index_add(1, symbol_w, shifted.exp())
     is_there = torch.zeros(NUM_SYMBOLS, dtype=torch.bool, device=symbol_w.device)
@@ -106,13 +106,13 @@ def _dense(logits_iw: Tensor, symbol_w: Tensor) -> Tensor:
 def _sparse(
     logits_nV: Tensor, at: Boundaries, low_I: Tensor, high_I: Tensor, vocabulary: ByteVocabulary
 ) -> Tensor:
-    """[I, C], each boundary with tokens of its own, those at low up to high - 1."""
+    """Return [I, C]; each boundary has its own tokens, those at low up to high - 1."""
     sizes = high_I - low_I
     item = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     first = sizes.cumsum(0) - sizes
     candidate = torch.arange(len(item), device=sizes.device) - first[item] + low_I[item]
     symbol = vocabulary.symbol_WD[candidate, at.depth[item]].long()
-    # One index, not two: the gradient of two is sorted by them on a GPU before it is added.
+    # One index, not two: a GPU sorts the gradient of two indices before adding.
     where = at.row[item] * logits_nV.shape[1] + vocabulary.token_W[candidate]
     values = logits_nV.flatten().index_select(0, where)
     highest = values.new_full((len(sizes),), -torch.inf)

@@ -1,6 +1,6 @@
 """Defines the recipe: its tree of keys and the rules between them; recipe_file.py reads one.
 
-A renamed key is an unknown key; the error names the nearest valid one. Every number has one
+A renamed key is an unknown key; the error names the nearest valid key. Every number has one
 owner: batch sizes, learning rates and precision live here, never in ds_configs/*.json.
 """
 
@@ -13,17 +13,17 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.kinds import Component
 from genrecal_ds.recipe.stage_config import Section, StageConfig
 
-# Of the teacher's body. zero3: a share per rank, gathered layer by layer; zero3_host: the shares
-# within each host, so that gathering stays inside it (what hpZ is for, without its first copy);
-# zero3_offload: shares in host memory. replica: whole on every rank, for teachers that fit;
-# replica_int8: its decoder's weights in 8 bits (torchao).
+# Where the teacher's body lies. zero3: a share per rank, gathered layer by layer. zero3_host: each
+# host holds all shares, so gathering stays inside a host (hpZ without its first copy).
+# zero3_offload: shares in host memory. replica: whole on every rank, for teachers that fit.
+# replica_int8: a replica with the decoder's weights in 8 bits (torchao).
 Placement = Literal["zero3", "zero3_host", "zero3_offload", "replica", "replica_int8"]
 
 
 class RemoteCode(Section):
-    """Permission to run Python files of a model folder, and the facts of a family unknown here.
+    """Permission to run Python files of a model folder, and facts about a family not known here.
 
-    components and vision_inputs are those of models/families.py.
+    components and vision_inputs mean the same as in models/families.py.
     """
 
     files: dict[str, str]  # every .py of the folder: its sha256
@@ -38,19 +38,19 @@ class ModelSource(Section):
 
     path: Path
     max_length: int = Field(2048, gt=0)  # tokens, images included; longer: whole turns dropped
-    # a micro-batch's samples as one sequence; default: where the family's attention is plain
+    # a micro-batch's samples as one sequence; default: true if the family's attention is plain
     pack: bool | None = None
-    # of the body, in transformers' words; default: its own choice for the family
+    # the body's attention, by transformers' names; default: transformers' choice for the family
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
     allow_remote_code: RemoteCode | None = None  # off: no code of a folder is ever run
 
 
 class TeacherSource(ModelSource):
     placement: Placement = "zero3"
-    compile: bool = False  # torch.compile of its decoder blocks
-    # micro-batches of one forward: fewer gathers of its weights, more memory for activations
+    compile: bool = False  # torch.compile of the decoder blocks
+    # micro-batches of one forward: fewer gathers of weights, more memory for activations
     forward_batches: int = Field(1, gt=0)
-    # a folder for its rows: align writes them, distill reads them in place of running it
+    # a folder for the teacher's rows: align writes them, distill reads them and runs no teacher
     cache: Path | None = None
     cache_rows: Literal["exact", "int8"] = "exact"  # int8: half of bf16's bytes, rounded
 
@@ -71,11 +71,11 @@ class LoraConfig(Section):
     rank: int = Field(16, gt=0)
     alpha: float = Field(32, gt=0)  # the change is alpha / rank * B A
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = ()  # last names of linear layers, as q_proj; () = all
+    targets: tuple[str, ...] = ()  # last names of linear layers, such as q_proj; () = all
 
 
 class StudentSource(ModelSource):
-    gradient_checkpointing: bool = False  # its blocks are computed again in backward
+    gradient_checkpointing: bool = False  # backward computes the blocks again
     lora: LoraConfig | None = None
 
 
@@ -93,8 +93,8 @@ class DataConfig(Section):
     validation: str | None = None
     num_workers: int = Field(0, ge=0)  # DataLoader workers per rank
     lengths: Literal["estimated", "measured"] = "estimated"  # measured: data_tools.tokens
-    # Global batches sorted by length together. Above 1 batches pad less but are no random samples:
-    # where length goes with content, learning suffers (docs/log.md).
+    # Global batches that are sorted by length together. Above 1 batches pad less, but they are no
+    # random samples: if length depends on content, learning suffers (docs/log.md).
     length_window: int = Field(1, gt=0)
     too_long: Literal["drop", "error", "truncate_question"] = "drop"
     max_unreadable: float = Field(0.001, ge=0, le=1)  # share of damaged samples that ends the run
@@ -109,11 +109,11 @@ class BatchConfig(Section):
 
 class RecalibratorConfig(Section):
     depth: int = Field(2, gt=0)  # decoder blocks of the Rec-body
-    # packed: no padding, the last block on loss rows alone; auto: packed where the family has it
+    # packed: no padding, the last block on loss rows alone; auto: packed if the family has blocks
     blocks: Literal["auto", "packed", "transformers"] = "auto"
-    attention: Literal["sdpa", "varlen", "flash"] = "sdpa"  # of packed blocks; never falls back
-    # new: the paper's NPE, 0..n-1 over the joined sequence; own: each row keeps its token's place
-    # in its own model's sequence (the paper's ablation)
+    attention: Literal["sdpa", "varlen", "flash"] = "sdpa"  # for packed blocks; never falls back
+    # new: the paper's NPE, 0..n-1 over the joined sequence; own: each row keeps the position of
+    # its token in the sequence of its own model (the paper's ablation)
     positions: Literal["new", "own"] = "new"
 
     @model_validator(mode="after")
@@ -153,13 +153,13 @@ class LogConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0)  # steps; 0 = only when stopped, and the stage's result
-    keep: int = Field(2, gt=0)  # the newest
-    keep_every: int = Field(0, ge=0)  # and those of multiples of so many steps; 0 = none
+    keep: int = Field(2, gt=0)  # how many of the newest stay
+    keep_every: int = Field(0, ge=0)  # checkpoints of multiples of so many steps stay too; 0 = none
     trust: bool = False  # load files that others own or may write; a checkpoint is code
 
 
 class FaultConfig(Section):
-    """What is taken for a fault, and when a run ends by it."""
+    """When a step counts as a fault, and when faults end a run."""
 
     max_skipped: int = Field(10, gt=0)  # steps in a row without a finite gradient
     spike_sigmas: float = Field(6.0, ge=0)  # loss or gradient norm this far up is noted; 0 = off
@@ -173,8 +173,8 @@ class Recipe(Section):
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     deterministic: bool = False  # torch.use_deterministic_algorithms
-    # auto: the newest whole checkpoint; latest: the one named so, or an error; step-N: that one.
-    # new_data: go on with a checkpoint's weights although shards or order changed; a new epoch
+    # auto: the newest whole checkpoint. latest: what the file latest names, or an error. step-N:
+    # that one. new_data: a checkpoint's weights, and a new epoch of changed shards or order
     resume: str = Field("auto", pattern=r"^(auto|latest|never|new_data|step-\d{8})$")
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")  # steps a:b of the first stage run
     teacher: TeacherSource | None = None
@@ -236,9 +236,9 @@ class Recipe(Section):
         return stage.global_batch or self.batch.global_batch
 
     def accumulation_steps(self, stage: StageConfig, world_size: int) -> int:
-        """Micro-steps of one optimizer step on each rank.
+        """Return the micro-steps of one optimizer step on each rank.
 
-        Raises UserError, listing the sizes that work, when they do not divide.
+        Raises UserError, listing the sizes that work, if the global batch does not divide.
         """
         micro, total = self.micro_batch(stage), self.global_batch(stage)
         unit = micro * world_size
@@ -253,7 +253,7 @@ class Recipe(Section):
 
     @property
     def teacher_ds_config(self) -> str:
-        """The teacher's file of ds_configs/."""
+        """Name the teacher's file of ds_configs/."""
         assert self.teacher is not None
         offload = "_offload" if self.teacher.placement == "zero3_offload" else ""
         return self.deepspeed.teacher or f"teacher_zero3{offload}"
@@ -265,14 +265,14 @@ class Recipe(Section):
         )
 
     def student_source(self, stage: StageConfig) -> str:
-        """Folder, or stage:NAME, that the stage's student is loaded from."""
+        """Return the folder, or stage:NAME, that the stage's student is loaded from."""
         if stage.student:
             return stage.student
         position = self.stages.index(stage)
         return f"stage:{self.stages[position - 1].name}" if position else str(self.student.path)
 
     def recalibrator_source(self, stage: StageConfig) -> str | None:
-        """Folder, or stage:NAME, that the Recalibrator is loaded from; None = a fresh one."""
+        """Return the folder, or stage:NAME, of the Recalibrator to load; None = a fresh one."""
         if stage.recalibrator or not stage.facts.has_recalibrator:
             return stage.recalibrator
         earlier = [s for s in self.stages[: self.stages.index(stage)] if s.facts.has_recalibrator]

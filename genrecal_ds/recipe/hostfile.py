@@ -1,7 +1,7 @@
-"""Reads where a run may be started: hostfiles, checked, numbers of GPUs, a free port.
+"""Reads and checks hostfiles, counts the GPUs of a run, and picks a free port.
 
-DeepSpeed puts a host into an ssh command line as it stands: a line such as
-`-oProxyCommand=... slots=1` would run a command. So every line must match whole.
+DeepSpeed copies a host into an ssh command line unchanged: a line such as
+`-oProxyCommand=... slots=1` would run a command. So every line must match as a whole.
 """
 
 import os
@@ -21,13 +21,13 @@ ASSUMED_GPU_GIB, ASSUMED_GPUS_PER_HOST = 80.0, 8
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """{host: slots}. Raises UserError naming file, line and fix."""
+    """Read {host: slots}. Raises UserError naming file, line and fix."""
     if not path.is_file():
         raise UserError(f"--hostfile {path}: no such file")
     if path.stat().st_size > MAX_BYTES:
         raise UserError(f"--hostfile {path}: larger than {MAX_BYTES} bytes; it lists hosts?")
     hosts: dict[str, int] = {}
-    # Lines end with \n only: a lone \r, or a form feed, would hide what follows it from a reader.
+    # Lines end with \n only: after a lone \r or a form feed a person would not see the rest.
     lines = path.read_bytes().decode(errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         line = line.removesuffix("\r").split("#")[0].strip(" \t")
@@ -45,7 +45,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def free_port() -> int:
-    """For ranks of this machine alone: runs beside each other must not meet on one port."""
+    """Find a free port for ranks of this machine alone: two runs must not meet on one port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -53,9 +53,9 @@ def free_port() -> int:
 
 
 def refuse_shared_devices(places: list[tuple[str, str]]) -> None:
-    """places: (host, device) of every rank. Raises UserError when two ranks drive one GPU.
+    """Raise UserError when two ranks drive one GPU. places: (host, device) of every rank.
 
-    Two lines of a hostfile may name one machine; NCCL then fails, or both share what one needs.
+    Two lines of a hostfile may name one machine. NCCL then fails, or two ranks share one GPU.
     """
     seen: dict[tuple[str, str], int] = {}
     for rank, place in enumerate(places):
@@ -68,7 +68,7 @@ def refuse_shared_devices(places: list[tuple[str, str]]) -> None:
 
 
 class Cluster(NamedTuple):
-    """GPUs in all and at most on one host; host_bytes is None for other machines than this."""
+    """GPUs in all, and at most on one host; host_bytes is None for runs on other machines."""
 
     gpus: int
     per_host: int
@@ -80,10 +80,10 @@ class Cluster(NamedTuple):
 def cluster_of(
     gpus: int | None, gpu_gib: float | None, hostfile: Path | None, local_gpus: Sequence[int]
 ) -> Cluster:
-    """The hosts of a file, so many GPUs, this machine's, or else one that is assumed.
+    """Describe the hosts of a file, or `gpus` GPUs, or this machine's GPUs, or one assumed GPU.
 
-    local_gpus: bytes of each GPU of this machine. Raises UserError for a bad hostfile, or one
-    beside a number of GPUs.
+    local_gpus: bytes of each GPU of this machine. Raises UserError for a bad hostfile, and for a
+    hostfile together with a number of GPUs.
     """
     here = len(local_gpus)
     size, source = ASSUMED_GPU_GIB, "assumed"

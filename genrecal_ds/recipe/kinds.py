@@ -1,4 +1,4 @@
-"""Lists the kinds of stages: what each trains, needs and costs, and what builds it.
+"""Lists the kinds of stages: what a kind trains, needs and costs, and which module builds it.
 
 A new objective is one file in genrecal_ds/objectives/ and one entry here. The rest of the program
 asks the entry and never compares a kind's name, so this table is the only place that knows all
@@ -6,12 +6,10 @@ kinds. It imports no torch: a recipe is refused before torch is loaded.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Component = Literal["vision", "projector", "embeddings", "layers", "norm", "head"]
-COMPONENTS: tuple[Component, ...] = (
-    "vision", "projector", "embeddings", "layers", "norm", "head",
-)  # fmt: skip
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 ALL_BUT_VISION = COMPONENTS[1:]
 _OBJECTIVES = "genrecal_ds.objectives."
 
@@ -20,23 +18,23 @@ _OBJECTIVES = "genrecal_ds.objectives."
 class Kind:
     """Facts about a kind. Every fact holds for all recipes; weights of losses do not matter here.
 
-    Rows of the Recalibrator are counted in passes: the mixed pass, and for `has_regular` kinds the
-    regular pass of Algorithm 2 while losses.regularizer is not none.
+    Every kind with a Recalibrator has the mixed pass. A `has_regular` kind also has the regular
+    pass of Algorithm 2 while losses.regularizer is not none.
     """
 
     objective: str  # a module; its function build(Ingredients) returns the objective
-    trains: tuple[Component, ...] = ALL_BUT_VISION  # of the student, unless the stage says `train`
+    trains: tuple[Component, ...] = ALL_BUT_VISION  # student's parts, unless `train` is set
     has_teacher: bool = True
     has_recalibrator: bool = False
     has_regular: bool = False
     matches_bytes: bool = False  # batches say where both tokenisations share a byte boundary
     needs_one_tokenizer: bool = False  # compares the probabilities of equal ids
-    takes_own_answers: bool = False  # on_policy may replace answers: some term reads no label
+    takes_own_answers: bool = False  # on_policy may replace answers, as some term reads no label
     projects: bool = False  # a linear map [H, D] trains beside the student
-    # Matrices as large as a chunk's logits that a distance at the student's head holds at once;
-    # 0: no such distance. tests/unit/objectives/test_token_kd_memory.py measures them.
+    # How many matrices of a chunk's logits' size a distance at the student's head holds at once;
+    # 0: no such distance. tests/unit/objectives/test_token_kd_memory.py measures the number.
     head_matrices: int = 0
-    takes_whole_conversations: bool = False  # a chunk of that distance is a whole conversation
+    takes_whole_conversations: bool = False  # a chunk of the distance is a whole conversation
 
     @property
     def trains_student(self) -> bool:
@@ -48,8 +46,8 @@ class Kind:
 
     @property
     def reads_cache(self) -> bool:
-        """True if the teacher's answer rows on disk are enough. The regular pass reads question
-        rows, and no cache holds those."""
+        """True if the teacher's answer rows on disk are enough. The regular pass also reads
+        question rows, which no cache holds."""
         return self.has_teacher and not self.has_regular
 
 

@@ -1,7 +1,7 @@
 """Turns a YAML file and overrides into a recipe, validated whole before torch is imported.
 
-Every complaint is one line that names the file, the key and the fix. Also read here: DeepSpeed's
-JSON files, of which the recipe names two.
+Every complaint is one line that names the file, the key and the fix. This file also reads the two
+DeepSpeed JSON files that the recipe names.
 """
 
 import difflib
@@ -96,7 +96,7 @@ def _child(node: Any, part: str, key: str) -> Any:
 
 
 def _position(items: list, part: str, key: str) -> int:
-    """Stages are named by their name, their kind or their number."""
+    """Find a stage by its name, its kind or its number."""
     for position, item in enumerate(items):
         if isinstance(item, dict) and part in (item.get("name"), item.get("kind"), str(position)):
             return position
@@ -113,7 +113,7 @@ def _expand_environment(node: Any) -> Any:
 
 
 def tree_error(error: ValidationError, tree: type[BaseModel] | None = None) -> str:
-    """A pydantic error's first complaint in one line; tree: the file's model, default Recipe."""
+    """Put an error's first complaint into one line. tree: the file's model, default Recipe."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location) or "recipe"
@@ -133,7 +133,7 @@ def tree_error(error: ValidationError, tree: type[BaseModel] | None = None) -> s
 
 
 def _fields_at(location: Sequence[str | int], tree: type[BaseModel]) -> list[str]:
-    """Field names of the section at a pydantic error location."""
+    """List the field names of the section at a pydantic error's location."""
     model: Any = tree
     for part in location:
         if part not in model.model_fields:  # a number in a list, a name in a mapping
@@ -145,7 +145,7 @@ def _fields_at(location: Sequence[str | int], tree: type[BaseModel]) -> list[str
 
 
 def load_ds_config(name: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON by packaged name or path. Structure only, else UserError."""
+    """Read a DeepSpeed JSON by packaged name or path. Raises UserError for more than structure."""
     packaged = Path(__file__).resolve().parents[2] / "ds_configs" / f"{name}.json"
     path = Path(name) if name.endswith(".json") else packaged
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Defines one stage of a recipe: its keys and the rules between them."""
+"""Defines one stage of a recipe: its keys and their rules; config.py has the whole tree."""
 
 from typing import Annotated, Any, Literal
 
@@ -29,17 +29,17 @@ class LossConfig(Section):
     boundary: bool = True  # false: the teacher's terms leave out each turn's first loss row
     student_ce: float = Field(1.0, ge=0)
     first_token_ce: float = Field(0.0, ge=0)  # extra CE weight on each turn's first answer token
-    # of logit_kd; mix is read by skew_kl and jsd (objectives/logit_kd.py)
+    # logit_kd reads these three, the mix only for skew_kl and jsd (objectives/logit_kd.py)
     divergence: Literal["forward_kl", "reverse_kl", "skew_kl", "jsd"] = "forward_kl"
     divergence_mix: float = Field(0.1, gt=0, lt=1)
     temperature: float = Field(1.0, gt=0)
 
 
 class OnPolicyConfig(Section):
-    """Answers that the student gives itself in training, for the teacher to comment. Not the
-    paper's."""
+    """Answers that the student generates in training and the teacher comments on. The paper has
+    no such answers."""
 
-    share: float = Field(0.0, ge=0, le=1)  # of conversations, whose last answer it gives
+    share: float = Field(0.0, ge=0, le=1)  # share of conversations with a generated last answer
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(1.0, gt=0)
 
@@ -61,7 +61,7 @@ class StageConfig(Section):
     global_batch: int | None = Field(None, gt=0)
     micro_batch: int | None = Field(None, gt=0)
     data: str | None = None  # other shards than data.train (the paper's stage 3)
-    seed: int | None = None  # of the sample order; default: the recipe's seed
+    seed: int | None = None  # for the sample order; default: the recipe's seed
 
     @model_validator(mode="before")
     @classmethod
@@ -110,5 +110,5 @@ class StageConfig(Section):
 
     @property
     def trained_components(self) -> tuple[Component, ...]:
-        """The student's components that train."""
+        """List the student's components that train."""
         return self.facts.trains if self.train is None else self.train

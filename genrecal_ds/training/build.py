@@ -1,6 +1,6 @@
-"""Builds what a Trainer runs from a recipe's stage: data, engines, objective, exporter.
+"""Builds the parts that a Trainer runs from a recipe's stage: data, engines, objective, exporter.
 
-The only place where models, data and engines meet.
+Models, data and engines meet only here.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from genrecal_ds.training.weights import load_student, load_teacher, refuse_othe
 
 @dataclass
 class StageParts:
-    """What a Trainer needs, by interface only."""
+    """The parts that a Trainer needs, by interface only."""
 
     dataset: PairDataset
     plan: StepPlan
@@ -49,10 +49,10 @@ class StageParts:
     writer: FeatureWriter | None  # keeps the teacher's rows
     export: Callable[[Path], None]  # a collective: writes the stage's result folders
     answer: Callable[[], dict[str, float]] | None  # a collective: scores of the student's answers
-    # a collective: a step's micro-batches with answers that the student gives itself
+    # a collective: a step's micro-batches with generated answers
     own_answers: Callable[[int, list[PairBatch]], list[PairBatch]] | None
     clock: Clock
-    facts: dict[str, Any]  # of this start: versions, where pixels come from, memory of every rank
+    facts: dict[str, Any]  # this start's versions, pixel backend, memory of every rank
 
     def close(self) -> None:
         self.student.close()
@@ -122,7 +122,7 @@ def _teacher_in_words(recipe: Recipe, stage: StageConfig) -> str | None:
 
 
 def _in_loop_scores(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> InLoopScores | None:
-    """None where they are off, and where the student stays as it is."""
+    """Build the scores; None if they are off or the student does not train."""
     log, folder = recipe.log, recipe.data.validation
     if not log.evaluate_every or folder is None or not stage.facts.trains_student:
         return None
@@ -138,7 +138,7 @@ def _in_loop_scores(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> InLoo
 
 
 def _facts(encoders: PairEncoders) -> dict[str, Any]:
-    """A collective. Pixels of another backend are other pixels: a run says which it had."""
+    """Collect a run's facts; a collective. Another pixel backend gives other pixels, so name it."""
     peaks = torch.zeros(dist.world_size(), dtype=torch.float64)
     peaks[dist.rank()] = host_memory_gib()
     return {
@@ -149,7 +149,7 @@ def _facts(encoders: PairEncoders) -> dict[str, Any]:
 
 
 def _check_logits(vlm: VLM, encoder: ChatEncoder) -> None:
-    """See VLM.check; on a few tokens of text, with the weights that train. A collective."""
+    """Run VLM.check on a few tokens of text, with the weights that train. A collective."""
     turns = [("user", "what is 1 plus 2 ?"), ("assistant", "3")]
     chat = encoder.encode(
         [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns], []

@@ -1,4 +1,4 @@
-"""Writes checkpoints that are complete or invisible, and verifies them before loading.
+"""Saves checkpoints that are complete or invisible, and verifies them before loading.
 
 checkpoints/step-00000120.tmp/   being written; ignored, removed by the next save
 checkpoints/step-00000120/       complete: manifest.json with size and sha256 of every file
@@ -6,7 +6,7 @@ checkpoints/latest               the newest complete one, replaced atomically
 checkpoints/saves.jsonl          one line per save: step, seconds, bytes
 checkpoints/abandoned-step-...   newer than what a run went on from: damaged, or not wanted
 
-Every error of a rank is shared before anyone acts on it: the others would wait for it otherwise.
+Every rank learns of an error before any rank acts on it: the other ranks would wait otherwise.
 """
 
 import json
@@ -50,9 +50,9 @@ class Checkpoints:
     config: CheckpointConfig
 
     def save(self, engine: StudentEngine, step: int, facts: dict[str, Any]) -> None:
-        """Write step's checkpoint; every rank calls it. facts: JSON, checked at resume.
+        """Write step's checkpoint; every rank calls this. facts: JSON, checked at resume.
 
-        Raises UserError on every rank when one cannot write; older checkpoints are as they were.
+        Raises UserError on every rank when one rank cannot write; older checkpoints stay unchanged.
         """
         start = time.perf_counter()
         final = self.folder / f"step-{step:08d}"
@@ -68,7 +68,7 @@ class Checkpoints:
         dist.raise_together(self._on_main(self._publish, temporary, final, facts, written, start))
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, its files verified; None to start at step 0.
+        """Find the checkpoint to go on from and verify its files; None to start at step 0.
 
         auto: the newest whole one. latest: what the pointer names, or else an error. step-N: that
         one. Raises UserError when a checkpoint was asked for, or written, and none is whole.
@@ -96,9 +96,9 @@ class Checkpoints:
         return None
 
     def set_aside(self, newer_than: Path | None) -> None:
-        """Rename what a run that goes on from `newer_than` leaves behind; it is not resumed from.
+        """Rename the checkpoints newer than `newer_than`, from which a run now goes on.
 
-        Otherwise a later start would go on with them, in the middle of another history.
+        Otherwise a later start would resume from them, in the middle of another history.
         """
 
         def rename() -> None:
@@ -120,9 +120,9 @@ class Checkpoints:
         facts: dict[str, Any],
         may_differ: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """Restore a verified checkpoint of the same run, of any world size; returns its manifest.
+        """Restore a verified checkpoint of the same run, of any world size; return its manifest.
 
-        Raises UserError naming what differs: never a silent start from step 0.
+        Raises UserError naming what differs: a run never starts silently from step 0.
         """
         manifest = read_manifest(path)
         expected = dict(facts)
@@ -188,7 +188,7 @@ class Checkpoints:
                 shutil.rmtree(self.folder / name)
 
     def _listing(self) -> tuple[list[str], str, bool]:
-        """Names of complete checkpoints, oldest first; what the pointer names; any save noted."""
+        """List complete checkpoints, oldest first; what `latest` names; True if a save is noted."""
         names = sorted(
             path.parent.name
             for path in self.folder.glob(f"step-*/{MANIFEST}")
@@ -203,7 +203,7 @@ class Checkpoints:
         return f"the last checkpoint is {names[-1]}" if names else "there is no checkpoint yet"
 
     def _on_main(self, call: Callable[..., None], *arguments: Any) -> str | None:
-        """Run on the main rank; what went wrong, as a line for raise_together."""
+        """Run a call on the main rank; return what went wrong as a line for raise_together."""
         if not dist.is_main():
             return None
         try:
@@ -216,7 +216,7 @@ class Checkpoints:
 
 
 class _Files(TorchCheckpointEngine):
-    """How DeepSpeed writes files: onto the disk, with a digest; an error waits for all ranks."""
+    """DeepSpeed's writer of files: to disk, with a digest; an error waits for all ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,9 +242,9 @@ class _Files(TorchCheckpointEngine):
 
 
 def verify(path: Path, is_trusted: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or None. A collective: each rank reads its share of files.
+    """Say what is wrong with a checkpoint, or None. A collective: each rank reads a share of files.
 
-    Raises UserError, on every rank, for one that others may have written; see refuse_foreign.
+    Raises UserError on every rank if others may have written the checkpoint; see refuse_foreign.
     """
     refusal = None
     if dist.is_main() and not is_trusted:
@@ -263,7 +263,7 @@ def verify(path: Path, is_trusted: bool = False) -> str | None:
 
 
 def consolidate(path: Path) -> dict[str, Tensor]:
-    """Whole fp32 trainable parameters of a checkpoint, by name in the trained module."""
+    """Read a checkpoint's whole fp32 trainable parameters, by name in the trained module."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     return get_fp32_state_dict_from_zero_checkpoint(
@@ -272,12 +272,12 @@ def consolidate(path: Path) -> dict[str, Tensor]:
 
 
 def _convert(path: Path, universal: Path) -> None:
-    """DeepSpeed's universal form, which any number of ranks can read; by its own command."""
+    """Write DeepSpeed's universal form, which any number of ranks can read, by its command."""
     shutil.rmtree(universal, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(path), "--output_folder", str(universal)]
     subprocess.run(command, check=True, capture_output=True, text=True, env=_without_ranks())
-    # It leaves a pointer beside its result; ours is `latest`.
+    # The command leaves a pointer beside its result; our pointer is `latest`.
     (universal.parent / "latest_universal").unlink(missing_ok=True)
 
 

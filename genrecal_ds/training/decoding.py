@@ -1,8 +1,8 @@
-"""Decodes answers of a student in training, by the modules that train, on all ranks at once.
+"""Generates answers of a student in training, by the modules that train, on all ranks together.
 
-Every step of decoding reads the sequences again, without a cache of keys: that costs more, and
-needs nothing of a family but the body that trains, packed or not. Ranks do the same number of
-forwards whatever they have to answer, and leave together: under ZeRO-3 each gathers from all.
+Every step of decoding reads the sequences again, without a cache of keys. Decoding thus costs
+more, but needs only the body that trains, packed or not. All ranks do the same number of forwards,
+however much they have to answer, and leave together: under ZeRO-3 a forward gathers from all ranks.
 
 Shapes: B conversations, S longest sequence so far, D student width, V vocabulary.
 """
@@ -20,7 +20,7 @@ from genrecal_ds.data.reader import Sample
 from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.vlm import VLM
 
-# Next tokens out of logits [B, V]; rows behind those of the samples are nobody's.
+# Chooses next tokens from logits [B, V]; rows after those of the samples are placeholders.
 Choice = Callable[[Tensor], list[int]]
 
 
@@ -32,10 +32,10 @@ def likeliest(logits_BV: Tensor) -> list[int]:
 def drawn(
     temperature: float, generators: Sequence[torch.Generator], encoder: ChatEncoder
 ) -> Choice:
-    """From softmax(logits / temperature), each sample's tokens from a generator of its own.
+    """Draw from softmax(logits / temperature); each sample has its own generator.
 
-    Of the tokens that may stand in an answer: no special one but those that end it, and none that
-    the tokenizer does not have, for which heads have columns.
+    Only tokens that may stand in an answer are drawn: no special token but those that end the
+    answer, and no column of the head that the tokenizer does not know.
     """
     special = set(encoder.special_ids.tolist()) - encoder.stops
     known_V = torch.tensor([token not in special for token in range(len(encoder.tokenizer))])
@@ -62,9 +62,9 @@ def decode(
     max_new_tokens: int,
     choose: Choice,
 ) -> list[str]:
-    """The last answers of the samples, without special tokens. A collective.
+    """Generate the last answers of the samples, without special tokens. A collective.
 
-    Never the image token: a body that meets it without a picture raises, on one rank.
+    The image token is never chosen: a body that meets it without a picture raises on one rank.
     """
     encoder = encoders.student
     assert isinstance(encoder, ChatEncoder)
@@ -78,7 +78,7 @@ def decode(
         if not dist.sum_over_ranks(waiting).item():
             break
         logits_BV = _next_logits(student, chats, encoder.vision_rules)
-        if encoder.image_token is not None:  # some families' head has no column for it
+        if encoder.image_token is not None:  # some heads have no column for it
             logits_BV[:, encoder.image_token : encoder.image_token + 1] = -torch.inf
         tokens = choose(logits_BV)
         for place, token in enumerate(tokens):
@@ -87,11 +87,11 @@ def decode(
                 is_done[place] = token in encoder.stops
     new = [chat.input_ids_T[n:] for chat, n in zip(chats, lengths, strict=False)]
     texts: list[str] = encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-    return texts[: len(samples)]  # of no tokens at all there is one empty text
+    return texts[: len(samples)]  # no tokens at all decode to one empty text
 
 
 def _as_chat(encoder: ChatEncoder, sample: Sample) -> EncodedChat:
-    """What stands before the last answer."""
+    """Encode what stands before the last answer."""
     prompt = encoder.prompt(sample.messages[:-1], sample.images)
     per_token = {key: prompt[key][0] for key in encoder.per_token}
     vision = {key: prompt[key] for key in encoder.vision_rules if key in prompt}
@@ -102,7 +102,7 @@ def _longer(chat: EncodedChat, token: int, is_prefix_lm: bool) -> EncodedChat:
     def grown(values: Tensor, value: int) -> Tensor:
         return torch.cat([values, values.new_tensor([value])])
 
-    # Of an answer's tokens: 1 where a family marks what follows its prompt.
+    # An answer's tokens get 1 if the family marks what follows the prompt.
     marks = {"token_type_ids": int(is_prefix_lm)}
     per_token = {key: grown(v, marks.get(key, 0)) for key, v in chat.per_token.items()}
     return EncodedChat(grown(chat.input_ids_T, token), (), per_token, chat.vision)
@@ -111,7 +111,7 @@ def _longer(chat: EncodedChat, token: int, is_prefix_lm: bool) -> EncodedChat:
 def _next_logits(
     student: VLM, chats: Sequence[EncodedChat], vision_rules: dict[str, str]
 ) -> Tensor:
-    """[B, V]."""
+    """Return the logits of the next tokens, [B, V]."""
     side = to_device(pad_side(list(chats), vision_rules), dist.device())
     hidden_BSD = student.body(*side)
     longest = hidden_BSD.shape[1]

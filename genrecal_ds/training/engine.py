@@ -1,10 +1,10 @@
-"""Wraps DeepSpeed: two ZeRO-3 engines in one process, and sharded loading.
+"""Runs two DeepSpeed ZeRO-3 engines in one process: one student that trains, one frozen teacher.
 
     build_sharded / load_sharded    models that never exist whole on any rank
     StudentEngine                   ONE trainable module with an optimizer
     TeacherEngine                   a frozen body, no optimizer, called under no_grad only
 
-Facts this file rests on were measured with DeepSpeed 0.19; each is named where it bites.
+Facts that this file relies on were measured with DeepSpeed 0.19; each is stated where it is used.
 """
 
 import gc
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-if not torch.cuda.is_available():  # said, not guessed: else every rank prints a warning on import
+if not torch.cuda.is_available():  # stated: if DeepSpeed guesses, every rank prints a warning
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -32,15 +32,15 @@ from genrecal_ds.recipe.hostfile import free_port
 Module = TypeVar("Module", bound=nn.Module)
 DsConfig = dict[str, Any]
 
-# The watchdog ends a stalled run; the process group's own limit comes after it, and says less.
+# The watchdog ends a stalled run first; the process group's own limit is later and says less.
 AFTER_WATCHDOG = timedelta(minutes=2)
 
 
 def start(stall_seconds: float = 1800, dumps: Path | None = None) -> None:
     """Join the process group: nccl on CUDA, gloo on the CPU. A single process needs no launcher.
 
-    stall_seconds: of the watchdog; 0 = a collective may wait for a day. dumps: where NCCL's flight
-    recorder writes what every rank's collectives were when one of them timed out.
+    stall_seconds: the watchdog's limit; 0 = a collective may wait for a day. dumps: the folder for
+    NCCL's flight recorder, which writes every rank's collectives when one has timed out.
     """
     port = 29500 if "WORLD_SIZE" in os.environ else free_port()
     for key, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", port)):
@@ -48,7 +48,7 @@ def start(stall_seconds: float = 1800, dumps: Path | None = None) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.local_rank())
-    # Its CPU all-reduce kernel is compiled at init, and fatal without a compiler; we never use it.
+    # DeepSpeed compiles a CPU all-reduce kernel at init, fatal without a compiler. We never use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if dumps is not None:
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -63,7 +63,7 @@ def start(stall_seconds: float = 1800, dumps: Path | None = None) -> None:
 
 
 def structure(ds_config: DsConfig, precision: str) -> DsConfig:
-    """ds_configs/*.json plus the numbers that every engine needs to be built."""
+    """Return ds_configs/*.json plus the numbers that every engine needs to be built."""
     filled = dict(ds_config)
     filled["train_micro_batch_size_per_gpu"] = 1
     filled["bf16"] = {"enabled": precision == "bf16"}
@@ -80,15 +80,15 @@ def build_sharded(
     group: torch_dist.ProcessGroup | None = None,
 ) -> Module:
     """Call `construct` so that every parameter is sharded as soon as its module exists, over the
-    ranks of `group`, or all. A group of a few is for frozen modules: no gradient leaves it.
+    ranks of `group`, default all. A smaller group is for frozen modules: no gradient leaves it.
 
-    The values are not meant to be used: load_sharded fills them.
+    The values of the parameters are not used: load_sharded fills the parameters.
     """
     from transformers.initialization import no_init_weights
     from transformers.integrations import deepspeed as hf_deepspeed
 
-    # zero.Init casts every new tensor to the model's dtype, the rotary inv_freq included: wrong by
-    # 3e-2, silently. The guard must be entered first. zero.Init's own dtype argument is ignored.
+    # zero.Init casts every new tensor to the model's dtype. The rotary inv_freq would be wrong by
+    # 3e-2, silently: the guard must be entered first. zero.Init's own dtype argument is ignored.
     # no_init_weights: initialising a sharded tensor by index fails, and its values are not used.
     with hf_deepspeed.prevent_arange_dtype_change(), no_init_weights():
         filled = structure(ds_config, precision)
@@ -99,8 +99,8 @@ def build_sharded(
 class _Unfilled(deepspeed.zero.Init):
     """zero.Init without its broadcast of every parameter's first values from rank 0.
 
-    They are overwritten by load_sharded. For a teacher of 72B parameters it is 145 GB sent to
-    every rank, and each rank's copy of it counts as memory that it really touched.
+    load_sharded overwrites the values. For a teacher of 72B parameters the broadcast sends 145 GB
+    to every rank, and each rank's copy counts as memory that the rank really touched.
     """
 
     def _zero_init_param(self, param: nn.Parameter) -> None:
@@ -112,8 +112,8 @@ class _Unfilled(deepspeed.zero.Init):
 def load_sharded(parameters: Iterable[tuple[nn.Parameter, Callable[[int, int], Tensor]]]) -> None:
     """Fill sharded parameters; `read(start, stop)` returns a flat range of the full tensor.
 
-    Each rank reads only its own range: no communication, no full model anywhere. Must come
-    before the engine, which keeps gathered copies of small parameters.
+    Each rank reads only its own range: no communication, no full model anywhere. Call this before
+    the engine is built, because the engine keeps gathered copies of small parameters.
     """
     for parameter, read in parameters:
         shard = parameter.ds_tensor
@@ -124,12 +124,12 @@ def load_sharded(parameters: Iterable[tuple[nn.Parameter, Callable[[int, int], T
 
 
 def loss_scale(world_size: int, accumulation_steps: int) -> float:
-    """What a micro-batch's loss is multiplied by so that DeepSpeed's mean becomes our sum.
+    """Return the factor of a micro-batch's loss that turns DeepSpeed's mean into our sum.
 
     A step's loss is L = sum over micro-batches of l_i, each already divided by the whole step's
     rows. DeepSpeed's gradient is  1/world * sum_ranks( 1/accumulation * sum_steps( grad l_i ) ):
-    engine.backward divides by accumulation_steps, the reduction averages over ranks. Both
-    divisions are undone here, and nowhere else.
+    engine.backward divides by accumulation_steps, the reduction averages over ranks. This factor
+    undoes both divisions; no other place does.
     """
     return float(world_size * accumulation_steps)
 
@@ -153,7 +153,7 @@ class TeacherEngine:
 
 
 class TeacherReplica:
-    """A frozen module whole on every rank; no collective."""
+    """A frozen module, whole on every rank; a forward is no collective."""
 
     def __init__(self, module: nn.Module):
         self.module: nn.Module = module.eval()
@@ -204,27 +204,27 @@ class StudentEngine:
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-batch's loss, already divided by the whole step's rows."""
-        # A loss that is not finite must show in the gradient, from which all ranks judge the step.
+        """Run backward for one micro-batch's loss, already divided by the whole step's rows."""
+        # A loss that is not finite must show in the gradient: all ranks judge the step by that.
         is_finite = loss.detach() * 0 + 1  # 1, or NaN
         self._engine.backward(loss * is_finite * self._scale)
 
     def step(self) -> None:
-        """After every backward; the update happens on the step's last micro-batch.
+        """Step after every backward; the update happens on the step's last micro-batch.
 
-        Not where the global gradient norm is not finite: then all ranks leave weights and
-        optimizer state as they are, and is_applied is False.
+        If the global gradient norm is not finite, all ranks leave weights and optimizer state
+        unchanged, and is_applied is False.
         """
         self._engine.step()
 
     @property
     def is_applied(self) -> bool:
-        """Whether the last update changed the weights; the same on every rank."""
+        """True if the last update changed the weights; the same on every rank."""
         return bool(self._engine.was_step_applied())
 
     @property
     def gradient_norm(self) -> float:
-        """Global norm before clipping, of the last update."""
+        """Return the last update's global gradient norm before clipping."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def set_lr(self, lr: float) -> None:
@@ -232,22 +232,22 @@ class StudentEngine:
             group["lr"] = lr
 
     def log(self, values: dict[str, float], samples: int) -> None:
-        """TensorBoard and W&B, as the recipe asks, by DeepSpeed's monitor."""
+        """Write to TensorBoard and W&B, if the recipe asks, by DeepSpeed's monitor."""
         if self._engine.monitor.enabled and dist.is_main():
             self._engine.monitor.write_events([(k, v, samples) for k, v in values.items()])
 
     def save(self, folder: Path, tag: str, files: Any) -> None:
-        """Shards of trainable parameters and optimizer, written by `files`, a CheckpointEngine of
-        DeepSpeed's; every rank calls it."""
+        """Save shards of trainable parameters and optimizer by `files`, a CheckpointEngine of
+        DeepSpeed. Every rank calls this."""
         self._engine.checkpoint_engine = files
         self._engine.save_checkpoint(
             str(folder), tag, save_latest=False, exclude_frozen_parameters=True
         )
 
     def load(self, folder: Path, tag: str, universal: bool = False) -> None:
-        """Restore what save wrote: of this world size, or in DeepSpeed's universal form.
+        """Restore what save wrote at this world size, or DeepSpeed's universal form of it.
 
-        Frozen parameters are not in it: they come from their own folders, loaded before.
+        A save has no frozen parameters: those come from their own folders and are loaded before.
         """
         decays = [group["weight_decay"] for group in self._optimizer.param_groups]
         self._engine._config.load_universal_checkpoint = universal
@@ -256,15 +256,15 @@ class StudentEngine:
         )
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint {tag} in {folder}")
-        # A universal load gives every group the first one's settings, so norms and biases would
-        # decay, and all of them one tensor as their count of steps, which each would raise.
+        # A universal load gives every group the first group's settings, so norms and biases would
+        # decay. It gives all parameters one tensor as step count, which each would increase.
         for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         for moments in self._optimizer.optimizer.state.values():
             moments["step"] = torch.as_tensor(moments["step"]).clone()
 
     def full_state(self, prefix: str) -> dict[str, Tensor]:
-        """Whole parameters and buffers under `prefix` on the main rank's CPU; {} elsewhere.
+        """Gather whole parameters under `prefix` on the main rank's CPU; {} on other ranks.
 
         A collective. One parameter at a time: no device ever holds the whole model.
         """
@@ -284,7 +284,7 @@ class StudentEngine:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters: matrices decay, norms and biases do not (paper section 4)."""
+    """Group trainable parameters: matrices decay, norms and biases do not (paper section 4)."""
     decay, plain = [], []
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -298,7 +298,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def monitor_config(folder: Path, tensorboard: bool, wandb_project: str | None) -> DsConfig:
-    """DeepSpeed's monitor section for the recipe's log keys."""
+    """Return DeepSpeed's monitor section for the recipe's log keys."""
     config: DsConfig = {}
     if tensorboard:
         config["tensorboard"] = {"enabled": True, "output_path": str(folder), "job_name": "events"}
@@ -308,7 +308,7 @@ def monitor_config(folder: Path, tensorboard: bool, wandb_project: str | None) -
 
 
 def is_gathered(parameter: nn.Parameter) -> bool:
-    """Whether a sharded parameter is whole on this rank right now."""
+    """True if a sharded parameter is whole on this rank right now."""
     return parameter.ds_status == ZeroParamStatus.AVAILABLE
 
 

@@ -1,4 +1,4 @@
-"""Scores the student's own answers while it trains: greedy, on a few held-out samples."""
+"""Scores the student's own greedy answers on a few held-out samples while it trains."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from genrecal_ds.training.decoding import decode, likeliest
 
 @dataclass(frozen=True)
 class InLoopScores:
-    """Called between steps, a collective: {"evaluation/overall": score, "evaluation/KIND": ..}.
+    """A collective between steps that gives {"evaluation/overall": score, "evaluation/KIND": ..}.
 
-    reader: of shards with answers. num_samples: the first ones, dealt out to the ranks.
+    reader: reads shards with answers. num_samples: how many, from the first, the ranks share.
     """
 
-    encoders: PairEncoders  # of the student alone
+    encoders: PairEncoders  # for the student alone
     reader: ShardReader
     num_samples: int
     batch_size: int

@@ -1,4 +1,4 @@
-"""Opens and checks what a run reads before any model is loaded: tokenizers, all shards."""
+"""Opens and checks what a run reads, before any model is loaded: tokenizers and shards."""
 
 from dataclasses import dataclass
 
@@ -17,15 +17,15 @@ from genrecal_ds.recipe.config import ModelSource, Recipe
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything about a run that can be refused before a model is loaded."""
+    """The parts of a run that can be refused before a model is loaded."""
 
     encoders: dict[bool, PairEncoders]  # by "has a teacher"
     indices: dict[str, ShardIndex]
-    lengths: dict[tuple[str, bool], Lengths]  # by folder and "has a teacher"; of training data
+    lengths: dict[tuple[str, bool], Lengths]  # training data, by folder and "has a teacher"
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
-    """Tokenizers, templates and shard indices. Raises UserError for the first that fails."""
+    """Open tokenizers, templates and shard indices. Raises UserError for the first that fails."""
     for source in filter(None, (recipe.student, recipe.teacher)):
         allow_code(source)
     student = ChatEncoder(recipe.student.path, recipe.student.max_length)
@@ -36,7 +36,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
         encoders[True] = PairEncoders(student, teacher, recipe.data.too_long)
         _refuse_two_tokenizers(recipe, student, teacher)
         if any(stage.facts.matches_bytes for stage in recipe.stages):
-            for encoder in (student, teacher):  # raises for what it cannot spell
+            for encoder in (student, teacher):  # raises for a tokenizer that it cannot spell
                 token_bytes(encoder.tokenizer, encoder.folder)
     folders = {recipe.data.train, recipe.data.validation, *(s.data for s in recipe.stages)}
     indices = {folder: ShardIndex.load(store_of(folder, recipe)) for folder in folders if folder}
@@ -59,13 +59,13 @@ def _refuse_two_tokenizers(recipe: Recipe, student: ChatEncoder, teacher: ChatEn
 
 
 def allow_code(source: ModelSource) -> None:
-    """Before anything else of the folder is opened. Raises UserError for a file not as listed."""
+    """Allow a folder's code, before anything else opens. Raises UserError for an unlisted file."""
     if code := source.allow_remote_code:
         allow(source.path, code.files, Family(code.components, dict(code.vision_inputs)))
 
 
 def store_of(folder: str, recipe: Recipe) -> ShardStore:
-    """A folder of shards, or a URL behind the recipe's cache."""
+    """Open a folder of shards, or a URL behind the recipe's cache."""
     cache = recipe.data.cache
     if cache is None:
         return ShardStore(folder, recipe.data.remote)
@@ -75,7 +75,7 @@ def store_of(folder: str, recipe: Recipe) -> ShardStore:
 def _lengths(
     index: ShardIndex, encoders: dict[bool, PairEncoders], has_teacher: bool, recipe: Recipe
 ) -> Lengths:
-    """Lengths for the models a stage uses. All stages share one table of the recipe's pair."""
+    """Read lengths for the models a stage uses. All stages share one table of the recipe's pair."""
     if recipe.data.lengths == "estimated":
         return lengths.estimated(index)
     pair, used = encoders[True in encoders].by_side, encoders[has_teacher].by_side

@@ -1,4 +1,4 @@
-"""Marks a folder's files as complete, whole and ours: digests, atomic writes, ownership.
+"""Proves that a folder of files is complete, whole and ours: digests, atomic writes, ownership.
 
 manifest.json names every file with its size and sha256, and carries a digest of itself.
 """
@@ -18,11 +18,11 @@ MANIFEST = "manifest.json"
 
 
 class HashingFile:
-    """A file to write to, whose digest is known when it is closed: nothing is read back."""
+    """A file to write to. Its digest is known when it closes: nothing is read back."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.error: OSError | None = None  # torch.save hides it behind an error of its own
+        self.error: OSError | None = None  # torch.save raises its own error in place of this one
         self._file = path.open("wb")
         self._sha256 = hashlib.sha256()
         self._size = 0
@@ -41,7 +41,7 @@ class HashingFile:
         self._file.flush()
 
     def close(self) -> dict[str, Any]:
-        """Onto the disk. Raises OSError."""
+        """Write everything to disk; return size and digest. Raises OSError."""
         with self._file as file:
             file.flush()
             os.fsync(file.fileno())
@@ -49,7 +49,7 @@ class HashingFile:
 
 
 def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-    """Last of all: a folder without one is not complete."""
+    """Write the manifest last of all: a folder without a manifest is not complete."""
     content = {**facts, "files": files}
     write_atomically(
         folder / MANIFEST, json.dumps({**content, "digest": _digest(content)}, indent=2)
@@ -58,7 +58,7 @@ def write_manifest(folder: Path, facts: dict[str, Any], files: dict[str, dict[st
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError when it is missing or was changed."""
+    """Read the manifest. Raises UserError when the manifest is missing or was changed."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def defect(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str]) -> str | None:
-    """The first of the names that is not as the manifest says, with what is wrong."""
+    """Find the first of `names` that differs from the manifest, and say what is wrong."""
     for name in names:
         path = folder / name
         try:
@@ -87,7 +87,7 @@ def defect(folder: Path, files: dict[str, dict[str, Any]], names: Iterable[str])
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The old text or the new one, whatever happens in between."""
+    """Replace a file's text so that a crash leaves the old text or the new text."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
         file.write(text)
@@ -106,9 +106,9 @@ def sync_folder(path: Path) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """DeepSpeed's files are pickles: whoever can write them can run code here.
+    """Refuse a folder, or a file in it, that another user owns or everyone may write.
 
-    Raises UserError for a folder, or a file in it, of another user or writable by everyone.
+    DeepSpeed's files are pickles: whoever can write them can run code here. Raises UserError.
     """
     for path in [folder, *folder.rglob("*")]:
         status = path.lstat()

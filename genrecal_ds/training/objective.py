@@ -1,4 +1,4 @@
-"""Builds a stage's objective: the parts that its kind asks for, then the kind's own build."""
+"""Builds a stage's objective: first the parts that its kind asks for, then the objective."""
 
 from importlib import import_module
 from pathlib import Path
@@ -19,8 +19,8 @@ from genrecal_ds.training.weights import DTYPES, new_recalibrator
 
 
 def byte_matcher(stage: StageConfig, encoders: PairEncoders) -> ByteMatcher | None:
-    """What finds shared byte boundaries; None where the kind compares none. Raises UserError for
-    a tokenizer whose bytes cannot be told; see token_bytes."""
+    """Build what finds shared byte boundaries; None if the kind compares no bytes. Raises UserError
+    for a tokenizer with tokens of unknown bytes; see token_bytes."""
     if not stage.facts.matches_bytes:
         return None
 
@@ -39,8 +39,8 @@ def build_objective(
     clock: Clock,
     matcher: ByteMatcher | None,
 ) -> Objective:
-    """encoders: of both sides, as they tokenise. Raises UserError for a Recalibrator of another
-    pair."""
+    """Build the objective of the stage's kind. encoders: both sides' tokenizers and templates.
+    Raises UserError for a Recalibrator of another pair."""
     kind, dtype = stage.facts, DTYPES[recipe.precision]
     head = recalibrator = None
     if kind.has_teacher:

@@ -1,9 +1,9 @@
-"""Replaces some of a step's given answers by answers that the student gives itself.
+"""Replaces some of a step's given answers by answers that the student generates.
 
-The answers are sampled from the student as it stands and tokenised again for both models. Only the
-teacher's distributions teach them: a generated answer may be wrong, so no cross entropy is trained
-on it (a rule of stage_config.StageConfig). The recipe's seed, the step and the sample decide what
-is drawn, not the ranks, so a resumed run draws the same.
+A generated answer is tokenised again for both models and taught by the teacher's distributions
+alone. It may be wrong, so no cross entropy is trained on it (a rule of stage_config.StageConfig).
+The draw depends on the recipe's seed, the step and the sample, not on ranks, so that a resumed run
+draws the same answers.
 """
 
 import copy
@@ -24,15 +24,15 @@ from genrecal_ds.training.decoding import decode, drawn
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """dataset: the stage's training data, whose pairs have a teacher's side."""
+    """A collective that generates answers. dataset: the stage's training data, with a teacher."""
 
     dataset: PairDataset
     config: OnPolicyConfig
     seed: int
 
     def __call__(self, student: VLM, step: int, micro: list[PairBatch]) -> list[PairBatch]:
-        """The step's micro-batches with answers of the student's. A collective: every rank decodes
-        once for each micro-batch, also where none of its samples was chosen."""
+        """Return the step's micro-batches with generated answers. A collective: every rank decodes
+        once for each micro-batch, even if no sample of the micro-batch was chosen."""
         return [self._one(student, step, batch) for batch in micro]
 
     def _one(self, student: VLM, step: int, batch: PairBatch) -> PairBatch:
@@ -80,14 +80,14 @@ class OnPolicy:
         return self.dataset.encoders.encode(sample.messages, sample.images, number)
 
     def _has_room(self, pair: Pair) -> bool:
-        """For a whole answer behind the whole question: of a cut conversation it is another one."""
+        """True if a whole answer fits after the whole question; False for a cut conversation."""
         start, _ = pair.student.answers[-1]
         return not pair.is_truncated and (
             start + self.config.max_new_tokens <= self._encoder.max_length
         )
 
     def _answered(self, sample: Sample, number: int, text: str, given: Pair) -> Pair:
-        """With the text as the last answer; as given where that cannot be used."""
+        """Encode the sample with `text` as its last answer; return `given` if that is unusable."""
         messages = _with_answer(sample.messages, text)
         try:
             return self.dataset.encoders.encode(messages, sample.images, number)

@@ -1,4 +1,4 @@
-"""Shows what a person sees while a stage trains: a live bar, memory, a profiler on request."""
+"""Shows a person how a stage trains: a live bar, memory, and a profiler on request."""
 
 import math
 import resource
@@ -94,12 +94,12 @@ class Profiler:
 
 
 def peak_memory_gib() -> float:
-    """Of this rank: the device's allocator on CUDA, resident memory on the CPU."""
+    """Return this rank's peak: the device's allocator on CUDA, resident memory on the CPU."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return host_memory_gib()
 
 
 def host_memory_gib() -> float:
-    """The most that this process had resident so far; pages of files read included."""
+    """Return the most that this process had resident so far; pages of read files count."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

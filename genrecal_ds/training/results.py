@@ -1,4 +1,4 @@
-"""Writes what a finished stage leaves: its student and, where one trains, its recalibrator."""
+"""Writes what a finished stage leaves: RUN/STAGE/student and a trained RUN/STAGE/recalibrator."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +15,8 @@ from genrecal_ds.training.engine import StudentEngine
 
 
 def exporter(engine: StudentEngine, source: Path, recipe: Recipe) -> Callable[[Path], None]:
-    """A collective that writes the result into a stage's folder. source: the folder that the
-    stage's student came from. Raises UserError, on every rank alike, for a full disk."""
+    """Return a collective that writes the result into a stage's folder. source: the folder that
+    the stage's student came from. The collective raises UserError on every rank for a full disk."""
 
     def write(folder: Path, student: dict[str, Any], recalibrator: dict[str, Any]) -> None:
         write_student(engine.module.student.model, student, source, folder / "student")

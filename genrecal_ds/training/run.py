@@ -1,7 +1,7 @@
-"""Runs a recipe's stages in order; marker files say how a run ended, since exit codes get lost.
+"""Runs a recipe's stages in order. Marker files say how the run ended: launchers lose exit codes.
 
 RUN/DONE        every stage is finished
-RUN/STOPPED     it was asked to stop, and can go on; says why and where
+RUN/STOPPED     the run was asked to stop and can go on; the file says why and where
 """
 
 import hashlib
@@ -24,12 +24,12 @@ DONE, STOPPED = "DONE", "STOPPED"
 
 
 def run_recipe(recipe: Recipe, inputs: Inputs, only: str | None = None) -> bool:
-    """Train the stages, or the one named; finished ones are skipped, engines freed in between.
+    """Train the stages, or only the one named. Skip finished stages, free engines in between.
 
-    False when it was asked to stop before the end.
+    Returns False when the run was asked to stop before the end.
     """
     if dist.is_main():
-        for name in (DONE, STOPPED):  # of an earlier start
+        for name in (DONE, STOPPED):  # left by an earlier start
             (recipe.run_dir / name).unlink(missing_ok=True)
     dist.barrier()
     resume = recipe.resume
@@ -39,15 +39,15 @@ def run_recipe(recipe: Recipe, inputs: Inputs, only: str | None = None) -> bool:
         if not run_stage(recipe, stage, inputs, resume):
             return False
         if resume not in ("never", "new_data"):
-            resume = "auto"  # a checkpoint that was named is of the first unfinished stage
+            resume = "auto"  # a named checkpoint belongs to the first unfinished stage
     if dist.is_main() and all((recipe.run_dir / s.name / DONE).is_file() for s in recipe.stages):
         write_atomically(recipe.run_dir / DONE, json.dumps({"time": time.time()}) + "\n")
     return True
 
 
 def fill_caches(recipe: Recipe, inputs: Inputs) -> None:
-    """Only the teacher's rows, for the stages that read them: the teacher's part of a run, done
-    where and when it suits. Raises UserError when no stage does."""
+    """Write only the teacher's rows, for the stages that read them: the teacher can thus run at
+    another time and place. Raises UserError when no stage reads them."""
     reading = [stage for stage in recipe.stages if recipe.reads_cache(stage)]
     if not reading:
         raise UserError("--cache-only: no distill stage with a teacher.cache; name a folder")
@@ -56,7 +56,7 @@ def fill_caches(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def run_stage(recipe: Recipe, stage: StageConfig, inputs: Inputs, resume: str) -> bool:
-    """One stage. False when it was asked to stop."""
+    """Run one stage; return False when it was asked to stop."""
     lora = recipe.student.lora
     facts = {
         "stage": stage.name,
@@ -94,12 +94,12 @@ def _mark_stopped(recipe: Recipe, stage: StageConfig, trainer: Trainer) -> None:
 
 
 def stage_hash(recipe: Recipe, stage: StageConfig) -> str:
-    """Identifies what decides a stage's result; logging and paths of outputs do not."""
-    # Shards are known by their content (facts["data"]), not by their place.
+    """Hash what decides a stage's result; logging and paths of outputs do not decide it."""
+    # The content of shards identifies them (facts["data"]), not their place.
     names = (
         "run_dir", "stages", "log", "checkpoint", "faults", "resume", "profile", "data",
     )  # fmt: skip
-    # A cache holds the rows that the teacher itself gives: its folder decides nothing.
+    # A cache holds the same rows that the teacher gives: the folder of the cache decides nothing.
     outputs = dict.fromkeys(names, True) | {"teacher": {"cache": True}}
     tree = recipe.model_dump(mode="json", exclude=outputs) | {"too_long": recipe.data.too_long}
     text = json.dumps([tree, stage.model_dump(mode="json", exclude={"data"})], sort_keys=True)
@@ -107,14 +107,14 @@ def stage_hash(recipe: Recipe, stage: StageConfig) -> str:
 
 
 def _source(recipe: Recipe, source: str, kind: str) -> Path:
-    """A folder named in the recipe, or `stage:NAME` as that stage's result of this kind."""
+    """Resolve a folder named in the recipe, or `stage:NAME` to that stage's result of this kind."""
     if source.startswith("stage:"):
         return recipe.run_dir / source.removeprefix("stage:") / kind
     return Path(source)
 
 
 def _is_done(recipe: Recipe, stage: StageConfig) -> bool:
-    """Raises UserError when the folder holds the result of another recipe."""
+    """Return True if finished. Raises UserError when the folder holds another recipe's result."""
     folder = recipe.run_dir / stage.name
     marker = folder / DONE
     if recipe.resume == "never" or not marker.is_file():

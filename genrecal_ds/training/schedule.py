@@ -1,4 +1,4 @@
-"""Computes the learning rate of a step: linear decay, no warm-up."""
+"""Computes the learning rate of a step."""
 
 from genrecal_ds.recipe.config import OptimizerConfig
 from genrecal_ds.recipe.stage_config import StageConfig
@@ -7,7 +7,7 @@ from genrecal_ds.recipe.stage_config import StageConfig
 def learning_rate(
     step: int, num_steps: int, stage: StageConfig, optimizer: OptimizerConfig
 ) -> float:
-    """Linear from lr at step 0 towards final_lr after the last step; no warm-up.
+    """Decay linearly from lr at step 0 towards final_lr after the last step; no warm-up.
 
     A pure function of the step: nothing to save, nothing to restore.
     """

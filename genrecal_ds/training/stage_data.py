@@ -1,4 +1,4 @@
-"""Opens what a stage reads: its samples in order, validation samples, cached teacher rows."""
+"""Opens what a stage reads: samples in order, validation samples, the teacher's rows on disk."""
 
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from genrecal_ds.training.weights import DTYPES, load_teacher
 
 @dataclass(frozen=True)
 class StageData:
-    """writer: keeps the teacher's rows of a stage that runs the teacher beside a cache."""
+    """The data of a stage. writer: keeps the rows of a teacher that runs while a cache is named."""
 
     training: PairDataset
     validation: PairDataset | None
@@ -31,10 +31,10 @@ class StageData:
 def open_data(
     recipe: Recipe, stage: StageConfig, inputs: Inputs, matcher: ByteMatcher | None
 ) -> StageData:
-    """A collective. Raises UserError where the disk has no room for the teacher's rows.
+    """Open a stage's data; a collective. Raises UserError if the teacher's rows do not fit on disk.
 
-    A stage that reads a cache first fills it: the teacher is loaded, and freed, for rows that are
-    missing.
+    A stage that reads a cache fills it first: for missing rows the teacher is loaded and then
+    freed.
     """
     reads = _Reads(recipe, stage, inputs)
     encoders = (reads.encoders, reads.encoders)
@@ -53,7 +53,7 @@ def open_data(
 
 
 def fill_cache(recipe: Recipe, stage: StageConfig, inputs: Inputs) -> None:
-    """Write the rows that the stage will read in its teacher's place. A collective."""
+    """Write the teacher's rows that the stage will read. A collective."""
     _Reads(recipe, stage, inputs).fill()
 
 
@@ -81,12 +81,12 @@ class _Reads:
 
     @property
     def width(self) -> int:
-        """The teacher's hidden size."""
+        """Return the teacher's hidden size."""
         assert self.recipe.teacher is not None
         return text_width(self.recipe.teacher.path)
 
     def samples(self) -> np.ndarray:
-        """Numbers of all samples that the stage trains on, each once."""
+        """List the numbers of all samples that the stage trains on, each once."""
         stage, steps_per_epoch = self.stage, self.plan.steps_per_epoch
         epochs = stage.epochs or (stage.steps or 0) / steps_per_epoch
         if epochs >= 1:
@@ -96,7 +96,7 @@ class _Reads:
         return np.unique(slots[slots != PADDING])
 
     def fill(self) -> tuple[PairEncoders, PairEncoders]:
-        """(training's, validation's) encoders, which read the teacher's rows, all of them there."""
+        """Write missing rows; return (training's, validation's) encoders, which read the rows."""
         assert self.cache is not None
         needed = [(self.index, self.samples())]
         if self.validation:

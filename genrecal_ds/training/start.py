@@ -26,7 +26,7 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def train(recipe: Recipe, only: str | None, is_cache_only: bool) -> None:
-    """Train the recipe's stages, or the one named, or only write the teacher's rows; then leave."""
+    """Train all stages, or the stage named, or only write the teacher's rows; then leave."""
     inputs = open_inputs(recipe)  # refuses bad tokenizers and shards before DeepSpeed is imported
 
     from genrecal_ds.training import engine
@@ -45,7 +45,7 @@ def train(recipe: Recipe, only: str | None, is_cache_only: bool) -> None:
 
 
 def check_devices() -> None:
-    """What only the ranks together can see; in `deepspeed --hostfile` nobody checked it before."""
+    """Check what only the ranks together can see. `deepspeed --hostfile` starts unchecked hosts."""
     stated = int(os.environ.get("WORLD_SIZE", 1))
     if dist.world_size() != stated:
         raise UserError(f"WORLD_SIZE is {stated}, {dist.world_size()} ranks met; check the hosts")

@@ -1,4 +1,4 @@
-"""Decides which steps are logged, and makes the lines of metrics.jsonl and ledger.jsonl."""
+"""Decides which steps are logged and writes the lines of metrics.jsonl and ledger.jsonl."""
 
 import json
 import math
@@ -37,7 +37,7 @@ class JsonlLog:
 
 
 class Schedule:
-    """The steps, counted from 0, on which something is measured; the last one has everything."""
+    """The steps, counted from 0, on which something is measured; the last step has everything."""
 
     def __init__(self, log: LogConfig, num_steps: int):
         self.log, self.num_steps = log, num_steps
@@ -79,7 +79,7 @@ class Warnings:
 
 
 def token_counts(micro: Sequence[PairBatch]) -> dict[str, int]:
-    """Tokens and samples of a step over all ranks; `answer` are the student's. A collective."""
+    """Count a step's tokens and samples over all ranks; `answer`: the student's. A collective."""
     teachers = [batch.teacher for batch in micro if batch.teacher]
     counts = torch.tensor(
         [
@@ -96,7 +96,7 @@ def token_counts(micro: Sequence[PairBatch]) -> dict[str, int]:
 
 
 def rates(tokens: dict[str, int], phases: dict[str, float], seconds: float) -> dict[str, float]:
-    """Tokens per second over all ranks in each phase's own time, and overall."""
+    """Compute tokens per second over all ranks, in each phase's own time and overall."""
     of_phase = {"teacher": "teacher", "student": "student", "recalibrator": "packed"}
     per_second = {
         phase: tokens[kind] / phases[phase] for phase, kind in of_phase.items() if phases.get(phase)
@@ -106,5 +106,5 @@ def rates(tokens: dict[str, int], phases: dict[str, float], seconds: float) -> d
 
 
 def finite(metrics: dict[str, float]) -> dict[str, float]:
-    """JSON has no NaN; what a skipped step could not measure is left out."""
+    """Leave out what a skipped step could not measure: JSON has no NaN."""
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

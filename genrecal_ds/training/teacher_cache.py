@@ -1,8 +1,8 @@
-"""Writes the teacher's rows beside stage 1, so that stage 2 reads them instead of running it.
+"""Caches the teacher's rows: stage 1 writes them, stage 2 reads them and runs no teacher.
 
-align      runs the teacher, and what it needs anyway goes to disk (a by-product)
-distill    rows that are missing are computed first, the teacher is freed, and from then on
-           no body of it is on any device; only its head is
+align      runs the teacher and writes to disk the rows that the stage needs anyway
+distill    first computes rows that are missing, then frees the teacher; from then on only the
+           teacher's head is on a device, not its body
 """
 
 import hashlib
@@ -26,19 +26,19 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.training.engine import Teacher
 
-ENCODED_FOR_AN_ESTIMATE = 16  # samples; their mean times all is what is said before writing
+ENCODED_FOR_AN_ESTIMATE = 16  # samples; their mean size gives the estimate
 WIDTHS = {"fp32": 4, "bf16": 2}  # bytes
 
 
 class TeacherFromCache:
-    """In a teacher engine's place: hands out the rows that came with the batch."""
+    """Stands for a teacher engine and hands out the rows that came with the batch."""
 
     module: nn.Module | None = None
 
     def __call__(
         self, inputs: SideBatch, rows_A: Tensor, targets_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As TeacherBody.forward; inputs.vision holds the rows, sample after sample."""
+        """Return what TeacherBody.forward would; inputs.vision holds the rows of all samples."""
         rows_PH = inputs.vision["rows"]
         flat = rows_PH.new_zeros(inputs.input_ids.numel(), rows_PH.shape[1])
         flat = flat.index_copy(0, inputs.real_P, rows_PH)
@@ -50,15 +50,15 @@ class TeacherFromCache:
 
 @dataclass(frozen=True)
 class Caches:
-    """Where a recipe's teacher keeps its rows: a folder for each data set."""
+    """The folders for the rows of a recipe's teacher: one folder for each data set."""
 
     recipe: Recipe
-    encoders: PairEncoders  # of both sides
-    facts: dict[str, Any]  # of the identity, but for the data
+    encoders: PairEncoders  # for both sides
+    facts: dict[str, Any]  # the identity without the data
 
     @classmethod
     def of(cls, recipe: Recipe, encoders: PairEncoders) -> "Caches":
-        """A collective: the ranks share the teacher's files to be hashed."""
+        """Hash the teacher's files, shared among the ranks. A collective."""
         source = recipe.teacher
         assert source is not None and encoders.teacher is not None
         files = sorted(source.path.glob("*.safetensors"))
@@ -88,7 +88,7 @@ class Caches:
         return FeatureWriter(self.folder(index), self.identity(index), dist.rank())
 
     def writer_with_room(self, index: ShardIndex, samples: np.ndarray, width: int) -> FeatureWriter:
-        """For a stage that will see these samples. A collective; see check_room."""
+        """Return a writer for a stage's samples; check the disk's room. A collective."""
         writer = self.writer(index)
         self.check_room(index, dist.from_main(writer.missing(samples)), width)
         return writer
@@ -96,8 +96,8 @@ class Caches:
     def check_room(self, index: ShardIndex, samples: np.ndarray, width: int) -> None:
         """Say how large these samples' rows will be. A collective.
 
-        Raises UserError, on every rank, where the disk has less room: a full disk would stop the
-        run as well, by the same fix, but hours later.
+        Raises UserError on every rank if the disk has less room: a full disk would stop the run
+        too, and need the same fix, but hours later.
         """
         refusal = None
         if dist.is_main() and len(samples):
@@ -120,7 +120,7 @@ class Caches:
         return f"{said}; make room, or set teacher.cache_rows: int8 or fewer steps"
 
     def _bytes_of_a_sample(self, index: ShardIndex, samples: np.ndarray, width: int) -> float:
-        """A mean over some that are spread evenly."""
+        """Estimate the bytes of a sample by the mean of a few evenly spread samples."""
         places = np.linspace(0, len(samples) - 1, ENCODED_FOR_AN_ESTIMATE).round().astype(int)
         chosen = tuple(int(sample) for sample in np.unique(samples[places]))
         batch = PairDataset(index, self.encoders, with_regular=False)[chosen]
@@ -129,7 +129,7 @@ class Caches:
         of_row = width * WIDTHS[self.recipe.precision]
         if self.recipe.teacher.cache_rows == "int8":
             of_row = width + 4 * -(-width // SCALED_TOGETHER)
-        return rows * (of_row + 4) / len(chosen)  # 4: of a token's id
+        return rows * (of_row + 4) / len(chosen)  # 4: a token's id
 
     def fill(
         self,
@@ -137,9 +137,9 @@ class Caches:
         width: int,
         load_teacher: Callable[[], Teacher],
     ) -> None:
-        """Compute what is missing of these samples, each once; the teacher is loaded only then.
+        """Compute the missing rows of these samples, each once; load the teacher only if any miss.
 
-        A collective. Killed and started again it goes on with what is not there yet.
+        A collective. After a kill and a new start it goes on with the rows that are missing.
         """
         writers = [self.writer(index) for index, _ in needed]
         dist.barrier()  # every rank has seen the same blocks
@@ -163,7 +163,7 @@ class Caches:
         self, index: ShardIndex, samples: np.ndarray, writer: FeatureWriter, teacher: Teacher
     ) -> None:
         micro_batch = self.recipe.batch.micro_batch
-        # Like lengths together: the order is nobody's concern here, the padding is the teacher's.
+        # Like lengths together: the order does not matter here, the teacher pads less.
         samples = samples[np.argsort(index.costs()[samples], kind="stable")]
         plan = GivenSamples(samples, micro_batch * dist.world_size())
         batches = micro_batches(
@@ -181,7 +181,7 @@ class Caches:
                 print(f"teacher.cache: {step}/{plan.steps_per_epoch} batches", flush=True)
 
     def reading(self, index: ShardIndex, width: int, dtype: torch.dtype) -> CachedPairEncoders:
-        """Encoders whose teacher side is what was written. Raises UserError; see FeatureStore."""
+        """Return encoders with the written rows as teacher. Raises UserError; see FeatureStore."""
         store = FeatureStore(self.folder(index), self.identity(index))
         encoders = self.encoders
         return CachedPairEncoders(
@@ -191,7 +191,7 @@ class Caches:
 
 
 def flushed(writer: FeatureWriter) -> str | None:
-    """Put all of it onto the disk; what that said, as a line for dist.raise_together."""
+    """Write all rows to disk; return an error as a line for dist.raise_together."""
     try:
         writer.flush()
     except OSError as error:
@@ -200,9 +200,9 @@ def flushed(writer: FeatureWriter) -> str | None:
 
 
 def keep(writer: FeatureWriter, batch: PairBatch, inputs_AH: Tensor, targets_NH: Tensor) -> None:
-    """Write what a micro-batch's teacher rows say of each sample; unusable ones as such."""
+    """Write a micro-batch's teacher rows by sample; mark unusable samples as such."""
     assert batch.teacher is not None
-    # The copy waits for the device: once a micro-batch, and the head's loss comes after it.
+    # The copy waits for the device once a micro-batch; the head's loss comes after the copy.
     targets, answers = targets_NH.cpu(), inputs_AH[: len(targets_NH)].cpu()
     labels = batch.teacher.labels_N.cpu()
     starts = batch.teacher.boundary_N.nonzero().flatten().tolist()
@@ -211,11 +211,11 @@ def keep(writer: FeatureWriter, batch: PairBatch, inputs_AH: Tensor, targets_NH:
         own, turns = turns[:num_turns], turns[num_turns:]
         rows, tokens = [], []
         for first, last in own:
-            # The row that predicts the first answer token stands before the answer's own.
+            # The row that predicts the first answer token stands before the answer's own rows.
             rows += [targets[first : first + 1], answers[first:last]]
             tokens += [labels.new_zeros(1), labels[first:last]]
         joined = torch.cat(tokens)
-        assert not (joined == IGNORE).any(), "a placeholder's rows are nobody's"
+        assert not (joined == IGNORE).any(), "a placeholder's rows are never written"
         lengths = tuple(last - first for first, last in own)
         writer.add(sample, Features(torch.cat(rows), joined, lengths))
     for sample in batch.unusable_ids:

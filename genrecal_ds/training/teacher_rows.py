@@ -1,4 +1,4 @@
-"""Computes the teacher's rows of a step's micro-batches, in one forward each or for several.
+"""Computes the teacher's rows of a step: one forward for each micro-batch, or one for several.
 
 Shapes: A teacher rows entering the Recalibrator, N teacher loss rows, H teacher width.
 """
@@ -15,7 +15,7 @@ from genrecal_ds.objectives.report import Clock
 
 
 class RunsTeacher(Protocol):
-    """A teacher engine, a replica, or the rows of a cache in their place."""
+    """A teacher engine, a replica, or a cache of rows."""
 
     def __call__(
         self, inputs: SideBatch, rows_A: Tensor, targets_N: Tensor
@@ -23,7 +23,7 @@ class RunsTeacher(Protocol):
 
 
 def teacher_rows(teacher: RunsTeacher | None, batch: PairBatch, clock: Clock) -> TeacherRows | None:
-    """The rows of one micro-batch that is on the device; None in a stage without a teacher."""
+    """Compute the rows of one micro-batch on the device; None in a stage without a teacher."""
     if teacher is None or batch.teacher is None:
         return None
     view = batch.teacher
@@ -39,10 +39,10 @@ def with_teacher_rows(
     clock: Clock,
     device: torch.device,
 ) -> Iterator[tuple[PairBatch, TeacherRows | None]]:
-    """The micro-batches on the device, each with its rows; forward_batches of them come from one
-    forward. rules: the teacher's vision rules.
+    """Yield the micro-batches on the device, each with its rows. One forward serves
+    forward_batches micro-batches. rules: the teacher's vision rules.
 
-    A micro-batch is on the device no longer than needed: a step's pictures are gigabytes.
+    A micro-batch stays on the device only while needed: a step's pictures are gigabytes.
     """
     if teacher is None or forward_batches == 1:
         for batch in micro:

@@ -1,4 +1,4 @@
-"""Runs the loop of a stage; knows an objective and two engines by their interface only.
+"""Runs the training loop. Knows an objective and two engines by their interface, and no model.
 
 for each step: fetch all micro-batches -> count rows over all ranks -> teacher rows, forward,
 backward each -> update -> report
@@ -38,7 +38,7 @@ from genrecal_ds.training.teacher_rows import teacher_rows, with_teacher_rows
 
 
 class Trainer:
-    """One stage, from its start or a checkpoint to its exported result."""
+    """Trains one stage, from its start or a checkpoint to its exported result."""
 
     def __init__(
         self, recipe: Recipe, stage: StageConfig, parts: StageParts, facts: dict[str, Any]
@@ -70,9 +70,9 @@ class Trainer:
         self.watchdog = Watchdog(self.folder / "faults", seconds, parts.clock, modules)
 
     def run(self, resume: str = "auto") -> bool:
-        """Train to the end and write the stage's result; False when asked to stop before.
+        """Train to the end and write the stage's result; False when asked to stop earlier.
 
-        resume: as the recipe's key.
+        resume: a value of the recipe's key `resume`.
         """
         self._record_start()
         self.next_step = first_step = self._resume(resume)
@@ -119,9 +119,9 @@ class Trainer:
         print(f"{self.stage.name}: models loaded; host memory of a rank at most {most:.2f} GiB")
 
     def train_step(self, step: int, micro: list[PairBatch]) -> Report:
-        """One optimizer step over this rank's micro-batches."""
+        """Run one optimizer step over this rank's micro-batches."""
         parts, clock = self.parts, self.parts.clock
-        # Randomness (dropout of adapters) is a function of the step: nothing to save or restore.
+        # Randomness (dropout of adapters) depends on the step alone: nothing to save or restore.
         torch.manual_seed(_seed(self.recipe.seed, step))
         totals = self._totals(step, micro)
         probe = self.schedule.is_probed(step)
@@ -148,7 +148,7 @@ class Trainer:
             micro_report.means["loss"] = (loss.detach(), share)
             report = report + micro_report
         is_applied = parts.student.is_applied
-        # The losses wait on the device: looked at only when something is wrong.
+        # The losses stay on the device and are read only when something is wrong.
         shown = [] if is_applied else torch.stack(losses).tolist()
         self.faults.check_step(step, micro, shown, is_applied)
         return report
@@ -161,20 +161,20 @@ class Trainer:
             return self.parts.own_answers(step, micro)
 
     def _share(self, step: int) -> float:
-        """Real samples of the step per slot: below 1 in the last step of an epoch only."""
+        """Return real samples per slot of the step: below 1 only in the last step of an epoch."""
         plan = self.parts.plan
         return plan.num_real(step - self.plan_start) / plan.global_batch
 
     def _totals(self, step: int, micro: list[PairBatch]) -> Totals:
-        """Loss rows of the whole step, before its first forward: one collective.
+        """Count the loss rows of the whole step before its first forward: one collective.
 
-        Known up front, the mean does not depend on world size, micro-batch or packing. An
-        incomplete batch is scaled by its share, or its few samples would count for a whole one.
+        With these counts the mean does not depend on world size, micro-batch or packing. An
+        incomplete batch is scaled by its share: else its few samples count for a whole batch.
         """
         with self.parts.clock.phase("agree"):
             wants_stop = stopping.reason(self.recipe.run_dir) is not None
             if self.parts.writer and self.parts.writer.failed:
-                wants_stop = True  # all ranks together; the flush before the save says why
+                wants_stop = True  # all ranks together; the flush before the save gives the reason
             agreed = agree(step, micro, self.counts.of(micro), wants_stop)
         self.counts.add(agreed.sample_counts)
         self.stop_asked |= agreed.stop
@@ -184,14 +184,14 @@ class Trainer:
         return Totals(*(max(1.0, count) / share for count in rows))
 
     def _enter_in_ledger(self, step: int) -> None:
-        """Which samples the step trained on, checked against the plan: none lost, none twice."""
+        """Check the step's samples against the plan, none lost and none twice, and note them."""
         planned = batch_digest(self.parts.plan.slots(step - self.plan_start))
         if self.batch_read != planned:
             raise RuntimeError(f"step {step + 1}: the ranks read other samples than planned")
         self.ledger.write({"step": step + 1, "batch": f"{planned:x}"})
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Losses and scores on held-out samples, on the steps that are due. A collective."""
+        """Measure losses and scores on held-out samples, on steps that are due. A collective."""
         scores = {}
         if self.schedule.is_validated(step):
             scores |= self.validate()
@@ -204,7 +204,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses on the first validation samples, the same for any world size."""
+        """Measure mean losses on the first validation samples, the same for any world size."""
         dataset = self.parts.validation
         if dataset is None:
             return {}
@@ -214,7 +214,7 @@ class Trainer:
         self.parts.student.train(False)
         totals, report = Totals(1, 1), Report()
         for micro in self._micro_batches(dataset, plan, 0, plan.steps_per_epoch):
-            self.counts.of(micro)  # names damaged ones; only training counts towards the limit
+            self.counts.of(micro)  # prints damaged samples; only training counts to the limit
             for batch in micro:
                 batch = to_device(batch, self.device)
                 rows = teacher_rows(self.parts.teacher, batch, self.parts.clock)
@@ -239,7 +239,7 @@ class Trainer:
         phases: dict[str, float],
         seconds: float,
     ) -> dict[str, Any]:
-        """One step's line. A collective: sums and token counts are of all ranks."""
+        """Build one step's line. A collective: sums and token counts are over all ranks."""
         metrics = report.reduce()
         norm, tokens = self.parts.student.gradient_norm, token_counts(micro)
         watched = {"loss": metrics.get("loss", 0.0), "gradient_norm": norm}
@@ -269,12 +269,12 @@ class Trainer:
         self.parts.student.log(record["metrics"], record["samples"])
 
     def _checkpoint(self) -> None:
-        """Every so many steps, and before stopping."""
+        """Save every checkpoint.every steps and before stopping."""
         every = self.recipe.checkpoint.every
         is_due = every and self.next_step % every == 0
         if (is_due or self.stop_asked) and self.next_step < self.num_steps:
             progress = {"plan_start": self.plan_start, "counts": self.counts.state()}
-            self._flush_cache()  # what the steps up to here gave is there before they count as done
+            self._flush_cache()  # rows are on disk before their steps count as done
             with self.parts.clock.phase("checkpoint"):
                 facts = {**self.facts, **progress}
                 self.checkpoints.save(self.parts.student, self.next_step, facts)
@@ -316,5 +316,5 @@ class Trainer:
 
 
 def _seed(seed: int, step: int) -> int:
-    """Another on every rank and step: a multiplier that mixes, and what torch's seeds hold."""
+    """Return another seed for every rank and step, within the range of torch's seeds."""
     return (seed * 0x9E3779B1 + step * dist.world_size() + dist.rank()) % 2**63

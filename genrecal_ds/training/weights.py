@@ -1,4 +1,4 @@
-"""Loads both models and the Recalibrator as a stage runs them: sharded or whole."""
+"""Loads both models and the Recalibrator for a stage: sharded or whole, filled or fresh."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def refuse_other_architecture(folder: str | Path, own: Path) -> None:
-    """A stage's student is read by the recipe's tokenizer and processor. Raises UserError."""
+    """Raise UserError for a folder that does not fit the recipe's tokenizer and processor."""
     shapes, own_shapes = (
         {name: parameter.shape for name, parameter in skeleton(path).named_parameters()}
         for path in (folder, own)
@@ -40,7 +40,7 @@ def refuse_other_architecture(folder: str | Path, own: Path) -> None:
 
 
 def load_student(folder: Path, recipe: Recipe) -> VLM:
-    """The whole student, sharded."""
+    """Load the whole student, sharded."""
     student = load_vlm_sharded(folder, recipe.deepspeed.student, recipe.precision, recipe.student)
     if recipe.student.lora:
         add_adapters(student, recipe.student.lora)
@@ -50,7 +50,7 @@ def load_student(folder: Path, recipe: Recipe) -> VLM:
 
 
 def load_teacher(recipe: Recipe) -> Teacher:
-    """The teacher's frozen body: sharded, in an engine of its own, or whole on every rank."""
+    """Load the teacher's frozen body: sharded in an engine of its own, or whole on every rank."""
     source = recipe.teacher
     assert source is not None  # a rule of recipe.config.Recipe
     if source.is_sharded:
@@ -74,10 +74,10 @@ def load_vlm_sharded(
     source: ModelSource | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> VLM:
-    """A whole VLM from its folder; each rank holds, and reads, only its own share.
+    """Load a whole VLM from its folder; each rank holds, and reads, only its own share.
 
-    source: the recipe's word on packing and attention; the folder may be a later stage's.
-    group: the ranks that share it; default all.
+    source: the recipe's packing and attention; the folder may be another stage's result.
+    group: the ranks that share the model; default all.
     """
     options = (source.pack, source.attention) if source else ()
     vlm = build_sharded(
@@ -96,7 +96,7 @@ def load_vlm_sharded(
 def new_recalibrator(
     config: RecalibratorConfig, student: VLM, teacher: Path, dtype: torch.dtype
 ) -> Recalibrator:
-    """A fresh Recalibrator, whole; the engine shards it. teacher: its folder."""
+    """Build a fresh, whole Recalibrator, which the engine shards. teacher: the teacher's folder."""
     recalibrator = unfilled(config, student.text_config, text_width(teacher), dtype)
     check_backend(config.attention, dist.device(), dtype)
     std = getattr(student.text_config, "initializer_range", 0.02)

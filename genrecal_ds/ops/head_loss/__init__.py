@@ -1,4 +1,4 @@
-"""Computes a*CE + b*KL through the frozen teacher head, never holding all logits at once.
+"""Computes a*CE + b*KL through the frozen teacher head without holding all logits at once.
 
 Shapes: K passes that share teacher rows and labels (1, or 2 in stage 1: mixed, regular),
 N loss rows, H teacher width, V vocabulary.
@@ -35,14 +35,14 @@ def head_loss(
     *,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
 ) -> HeadLoss:
-    """ce_weight * CE + kl_weight * KL of K passes, summed over rows whose label is not -100.
+    """Sum ce_weight * CE + kl_weight * KL of K passes over the rows whose label is not -100.
 
     KL is KL(p || q), forward: p the teacher's distribution, q the student's. rows_KNH and the
     teacher's own rows teacher_rows_NH have the head's dtype. labels_N: int64 in the TEACHER's
     vocabulary. Losses are fp32, in nats. Only loss_sum is differentiable, and only with respect to
     rows_KNH: head and teacher are frozen. Raises ValueError naming the argument that does not fit.
-    On CUDA labels are not looked at before: one outside the vocabulary makes its row's loss NaN
-    (but asserts in `reference`). Source: paper section 3.3, L_ar and L_kl.
+    On CUDA labels are not checked first: a label outside the vocabulary makes its row's loss NaN
+    (`reference` asserts). Source: paper section 3.3, L_ar and L_kl.
     """
     check(rows_KNH, teacher_rows_NH, labels_N, head, ce_weights, kl_weights)
     if impl == "reference":
@@ -76,7 +76,7 @@ def _head_loss(
     implementation: str,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The registered op. Its last output is the rows' gradient, which backward multiplies."""
+    """Run the registered op. The last output is the rows' gradient, which backward multiplies."""
     return head_loss_forward(
         rows_KNH,
         teacher_rows_NH,

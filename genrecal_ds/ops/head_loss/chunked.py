@@ -1,4 +1,4 @@
-"""Runs head_loss chunk by chunk: GEMMs, one epilogue, the rows' gradient formed on the way.
+"""Runs head_loss chunk by chunk: cuBLAS GEMMs, one epilogue, the rows' gradient on the way.
 
 Shapes: K passes, N loss rows, n rows of a chunk, H teacher width, V vocabulary.
 
@@ -22,7 +22,7 @@ from genrecal_ds.ops.gemm import project_, rows_per_chunk, wide
 from genrecal_ds.ops.head_loss.contract import Head
 from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients, RowStats, softmax_epilogue_
 
-# Of one chunk's logits and dlogits. Smaller chunks cost GEMM speed (docs/performance.md).
+# Budget of one chunk's logits and dlogits. Smaller chunks cost GEMM speed (docs/performance.md).
 CHUNK_BYTES = {"cuda": 1_600_000_000, "cpu": 96 << 20}
 CHUNK_MULTIPLE = {"cuda": 128, "cpu": 16}
 
@@ -30,14 +30,14 @@ Epilogue = Callable[[Chunk], RowStats]
 
 
 class Buffers(NamedTuple):
-    """The chunk's memory, allocated once a call."""
+    """Memory of a chunk, allocated once a call."""
 
     logits: Tensor  # [(K + 1) n, V] fp32: the passes' and the teacher's
     dlogits: Tensor | None  # [K n, V] in a low-precision head's dtype; None: in place
 
 
 def epilogue_of(implementation: str) -> Epilogue:
-    """The epilogue of `torch` or `triton`."""
+    """Return the epilogue of `torch` or `triton`."""
     if implementation == "triton":
         from genrecal_ds.ops.head_loss.kernels import softmax_epilogue_triton_
 
@@ -46,7 +46,7 @@ def epilogue_of(implementation: str) -> Epilogue:
 
 
 def chunk_size(num_rows: int, num_passes: int, has_teacher: bool, weight_VH: Tensor) -> int:
-    """Rows of one chunk, from the byte budget of the weight's device.
+    """Return the rows of one chunk, from the byte budget of the weight's device.
 
     has_teacher: the teacher's logits lie beside those of the passes.
     """
@@ -66,7 +66,7 @@ def head_loss_forward(
     epilogue: Epilogue,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss_sum, ce_KN, kl_KN, top1_KN, grad_KNH or empty); see head_loss."""
+    """Return (loss_sum, ce_KN, kl_KN, top1_KN, grad_KNH or empty); see head_loss."""
     num_passes, num_rows, _ = rows_KNH.shape
     fp = wide(head.weight_VH)
     size = chunk_size(num_rows, num_passes, True, head.weight_VH)
@@ -107,9 +107,9 @@ def _sum_up(
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss_sum, CE, KL): a term with weight 0 reads 0, and so does every row without a label.
+    """Return (loss_sum, CE, KL). A term with weight 0 and a row without a label both read 0.
 
-    The weights stay Python numbers: copied to the device they would make the host wait for it.
+    The weights stay Python numbers: copying them to the device would make the host wait.
     """
     ce_KN, kl_KN = ce_KN.where(valid_N, 0), kl_KN.where(valid_N, 0)
     loss_sum = ce_KN.new_zeros(())
@@ -133,7 +133,7 @@ def _allocate(num_rows: int, num_passes: int, weight_VH: Tensor, needs_grad: boo
 def _logits(
     rows_KnH: Tensor, teacher_rows_nH: Tensor, weight_VH: Tensor, buffers: Buffers
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(student's logits [K, n, V], teacher's [n, V], where dlogits [K n, V] belong): one GEMM."""
+    """Compute (student's logits [K, n, V], teacher's [n, V], place for dlogits) by one GEMM."""
     num_passes, num_rows, _ = rows_KnH.shape
     rows_mH = torch.cat([*rows_KnH, teacher_rows_nH])
     out_mV = buffers.logits[: len(rows_mH)]

@@ -39,7 +39,7 @@ def check(
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
 ) -> None:
-    """Raise ValueError naming the first argument that does not fit, and what would."""
+    """Raise ValueError that names the first argument that does not fit, and what would fit."""
     weight = head.weight_VH
     if weight.ndim != 2 or not weight.is_floating_point() or not len(weight):
         raise ValueError(f"head.weight_VH: {shown(weight)}, expected a float matrix [V, H]")

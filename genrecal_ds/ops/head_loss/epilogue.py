@@ -1,12 +1,12 @@
-"""Turns logits into losses and dlogits, in place, in torch: the CPU's path.
+"""Turns logits into losses and dlogits, in place, in torch: the CPU's path, the kernels' twin.
 
 Shapes: K passes, n rows of a chunk, V vocabulary.
 
     d loss / d logits(r) = weight * (on_q q - on_p p - on_label onehot(y))
 
 covers both uses: CE + KL through the teacher's head (a + b, b, a), and the student's CE (1, 0, 1).
-On the CPU rows are taken in blocks that stay in the cache: the logits then cross memory once for
-the GEMM that writes them and once for the one that reads dlogits.
+On the CPU rows are taken in blocks that stay in the cache. The logits then cross memory once for
+the GEMM that writes the logits and once for the GEMM that reads dlogits.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from genrecal_ds import IGNORE
 from genrecal_ds.ops.head_loss.contract import Head
 from genrecal_ds.ops.softcap import softcap_
 
-CPU_BLOCK_BYTES = 1 << 20  # of one logits matrix; a core's second-level cache
+CPU_BLOCK_BYTES = 1 << 20  # one matrix of logits; a core's second-level cache
 
 
 class Coefficients(NamedTuple):
-    """What one pass puts into the formula above."""
+    """The coefficients of one pass in the formula above."""
 
     on_q: float
     on_p: float
@@ -31,7 +31,7 @@ class Coefficients(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What a chunk's logits say. kl is 0 without teacher logits."""
+    """Statistics of the rows of a chunk. kl is 0 without teacher logits."""
 
     lse_Kn: Tensor  # log-sum-exp of the student's logits
     label_logit_Kn: Tensor
@@ -41,9 +41,9 @@ class RowStats(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What an epilogue is given. It overwrites both matrices of logits."""
+    """The input of an epilogue, which overwrites both matrices of logits."""
 
-    student_KnV: Tensor  # as the GEMM left them: without bias, scale and softcap
+    student_KnV: Tensor  # the GEMM's result, without bias, scale and softcap
     teacher_nV: Tensor | None  # likewise
     labels_n: Tensor  # IGNORE, or a column
     row_weights_n: Tensor  # 0 on ignored rows
@@ -56,7 +56,7 @@ class Chunk(NamedTuple):
 
 
 def softmax_epilogue_(chunk: Chunk) -> RowStats:
-    """RowStats; with needs_grad dlogits_mV becomes d loss / d (rows @ weight.T)."""
+    """Return RowStats; with needs_grad write d loss / d (rows @ weight.T) into dlogits_mV."""
     student_KnV, teacher_nV, head = chunk.student_KnV, chunk.teacher_nV, chunk.head
     columns_n, is_bad_n = _columns_of(chunk.labels_n, student_KnV.shape[-1])
     dlogits_KnV = chunk.dlogits_mV.view(student_KnV.shape) if chunk.needs_grad else student_KnV
@@ -115,31 +115,31 @@ class _Teacher:
         self.log_sum_b = self.sum_b1.log().squeeze(-1)
 
     def dot(self, student_shifted_bV: Tensor) -> Tensor:
-        """sum p (t - s) of shifted logits. The difference comes first: it is small where the
-        two agree, and its terms are large."""
+        """Return sum p (t - s) of shifted logits. The difference is taken before the sum: it is
+        small where the two sides agree, while t and s are large."""
         difference_bV = self.shifted_bV - student_shifted_bV
         return torch.linalg.vecdot(self.exp_bV, difference_bV) / self.sum_b1.squeeze(-1)
 
 
 def _columns_of(labels_n: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """(a column that may be read for every label, which labels are outside the vocabulary).
+    """Return (a column that may be read for every label, which labels are outside the vocabulary).
 
-    A label outside the vocabulary makes its row's loss NaN. On CUDA no check has read the labels
-    before, and an index out of bounds would end the process without saying where.
+    A label outside the vocabulary makes its row's loss NaN. On CUDA no check came before, and an
+    index out of bounds would end the process without saying where.
     """
     is_inside_n = (labels_n >= 0) & (labels_n < vocabulary)
     return labels_n.where(is_inside_n, 0), ~is_inside_n & (labels_n != IGNORE)
 
 
 def _block_rows(logits_KnV: Tensor) -> int:
-    """How many rows stay in the cache together; on CUDA all of them, to launch few kernels."""
+    """Return how many rows fit in the cache together; on CUDA all, to launch few kernels."""
     if logits_KnV.is_cuda:
         return max(1, logits_KnV.shape[1])
     return max(1, CPU_BLOCK_BYTES // (logits_KnV.shape[2] * logits_KnV.element_size()))
 
 
 def transform_(logits_nV: Tensor, head: Head, needs_slope: bool) -> Tensor | None:
-    """Apply bias, scale and softcap in place. Returns softcap_'s slope [n, V]."""
+    """Apply bias, scale and softcap in place; with needs_slope return the softcap's slope."""
     if head.bias_V is not None:
         logits_nV.add_(head.bias_V)
     if head.scale != 1.0:

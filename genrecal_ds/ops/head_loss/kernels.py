@@ -1,10 +1,10 @@
-"""Computes the epilogue in two Triton kernels: row statistics, then dlogits; a program a row.
+"""Runs the epilogue as two Triton kernels: row statistics, then dlogits. One program per row.
 
 Shapes: K passes, n rows of a chunk, V vocabulary.
 
-The first reads S (and T) once with running maxima; KL needs no second read, since
-sum e^(t - max) (t - s) is rescaled along with the sum of exponentials. The second reads them
-again and writes dlogits in the head's dtype. Offsets are int64: rows times vocabulary passes
+The first kernel reads S (and T) once with running maxima. KL needs no second read, since
+sum e^(t - max) (t - s) is rescaled along with the sum of exponentials. The second kernel reads S
+and T again and writes dlogits in the head's dtype. Offsets are int64: rows times vocabulary passes
 2^31 at 14,000 rows of a 152k vocabulary. A label outside the vocabulary gives a NaN loss.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from genrecal_ds import IGNORE
 from genrecal_ds.ops.head_loss.epilogue import Chunk, Coefficients, RowStats
 
-# Wider than a row's registers hold is slower: 32K columns measured 3x slower than a compiler's
-# own code elsewhere (docs/performance.md).
+# A block wider than a row's registers is slower: with 32K columns the kernel measured 3x slower
+# than a compiler's own code elsewhere (docs/performance.md).
 BLOCK = 4096
 NUM_WARPS = 8
 
@@ -126,7 +126,7 @@ def _write_dlogits(
 
 
 def softmax_epilogue_triton_(chunk: Chunk) -> RowStats:
-    """softmax_epilogue_, in two launches for any number of passes."""
+    """Compute softmax_epilogue_ in two launches for any number of passes."""
     student_KnV, teacher_nV, head = chunk.student_KnV, chunk.teacher_nV, chunk.head
     num_passes, num_rows, vocabulary = student_KnV.shape
     per_row = student_KnV.new_zeros(4, num_passes, num_rows)
@@ -134,7 +134,7 @@ def softmax_epilogue_triton_(chunk: Chunk) -> RowStats:
     teacher_lse_n = per_row[3, 0]
     labels_n = chunk.labels_n
     top1 = torch.empty(num_passes + 1, num_rows, dtype=torch.int64, device=labels_n.device)
-    # A pointer that no branch reads still needs a tensor of the right type.
+    # A pointer that no branch reads must still be a tensor of the right type.
     teacher = student_KnV if teacher_nV is None else teacher_nV
     bias = student_KnV if head.bias_V is None else head.bias_V
     shape = (num_rows, vocabulary, head.scale, head.softcap or 1.0)
@@ -165,5 +165,5 @@ def softmax_epilogue_triton_(chunk: Chunk) -> RowStats:
 def _on_device(
     coefficients: tuple[Coefficients, ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Copied once: at every chunk the host would wait for the stream."""
+    """Copy the coefficients once: a copy at every chunk would make the host wait for the stream."""
     return torch.tensor(coefficients, dtype=dtype, device=device)

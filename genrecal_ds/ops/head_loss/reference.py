@@ -1,4 +1,4 @@
-"""Defines head_loss in plain torch: autograd on all logits at once, in fp32 or more.
+"""Defines head_loss: plain torch under autograd, all logits at once, in fp32 or more.
 
 Shapes: K passes, N loss rows, H teacher width, V vocabulary.
 """
@@ -22,10 +22,10 @@ def head_loss_reference(
     ce_weights: Sequence[float],
     kl_weights: Sequence[float],
 ) -> HeadLoss:
-    """See head_loss. Holds about nine [K, N, V] matrices; for tests and small vocabularies."""
+    """Compute head_loss with about nine [K, N, V] matrices; for tests and small vocabularies."""
     valid_N = labels_N != IGNORE
     label_N1 = labels_N.clamp(min=0).unsqueeze(-1)
-    # Widened once: two casts would round the two halves of the gradient apart from each other.
+    # Widened once: two casts would round the two halves of the gradient separately.
     rows_KNH = rows_KNH.to(torch.promote_types(rows_KNH.dtype, torch.float32))
     logits_KNV = logits(head, rows_KNH)
     teacher_logits_NV = logits(head, teacher_rows_NH.detach())
@@ -49,7 +49,7 @@ def head_loss_reference(
 
 
 def logits(head: Head, rows: Tensor) -> Tensor:
-    """Logits [.., V] of rows [.., H] after bias, scale and softcap; fp32, fp64 stays fp64."""
+    """Return logits [.., V] of rows [.., H] after bias, scale and softcap; fp32, or fp64."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     bias = None if head.bias_V is None else head.bias_V.detach().to(dtype)
     values = linear(rows.to(dtype), head.weight_VH.detach().to(dtype), bias) * head.scale
@@ -57,6 +57,6 @@ def logits(head: Head, rows: Tensor) -> Tensor:
 
 
 def _forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """KL(p || q) per row, of p and q the softmaxes of the teacher's and the student's logits."""
+    """Return KL(p || q) per row: p = softmax(teacher's logits), q = softmax(student's logits)."""
     log_p, log_q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -1,11 +1,11 @@
-"""Projects and gathers student and teacher rows into the Recalibrator's packed input.
+"""Gathers student and teacher rows into the Recalibrator's packed input, in one call.
 
 Shapes: B batch, S student length, D student width, H teacher width, A teacher rows used,
 R = B*S + A source rows, U most uses of one row, P packed rows.
 
 Forward: one GEMM (Proj-pre of every teacher row, once) and one gather. Backward: each source row
-sums its uses, read from a map that the collator made, so no atomics, no zero-fill and the same
-bits every time; then one GEMM for dW. Nothing waits for a number from the device.
+sums its uses, read from the collator's map, then one GEMM gives dW. The map avoids atomics and
+zero-fill and gives the same bits every time. The host never waits for a number from the device.
 """
 
 from typing import Literal
@@ -33,10 +33,10 @@ def token_align(
 
     source_P (int32): i >= 0 takes row i of student_hidden [B*S], i < 0 teacher row -i-1.
     uses_RU (int32): the packed rows that each source row went to, student rows first, -1 where
-    there are fewer; it must invert source_P (data.batch makes both). All tensors share one float
-    dtype. Gradients flow to the student's rows and to the weight, never to the teacher's rows;
-    dW sums over all uses of a row. The weight is not kept for backward: under ZeRO-3 its module
-    may let it go after this call. Raises ValueError naming the argument that does not fit.
+    there are fewer; uses_RU must invert source_P (data.batch makes both). All tensors share one
+    float dtype. Gradients flow to the student's rows and to the weight, never to the teacher's
+    rows; dW sums over all uses of a row. Backward does not keep the weight: under ZeRO-3 the module
+    may release its weight after this call. Raises ValueError naming the argument that does not fit.
     Source: paper section 3.2, `[z_qs ; Proj-pre(z_al)]` and `[Proj-pre(z_ql) ; Proj-pre(z_al)]`.
     """
     if student_hidden_BSD.ndim != 3 or not student_hidden_BSD.is_floating_point():
@@ -65,7 +65,7 @@ def token_align(
 
 
 def _check_maps(source_P: Tensor, uses_RU: Tensor, student_rows: int, teacher_rows: int) -> None:
-    """Ranges are looked at on the CPU only: on CUDA that would stall the stream."""
+    """Check ranges of the maps, on the CPU only: on CUDA reading them would stall the stream."""
     if source_P.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for name, values, first, last in (
@@ -104,7 +104,7 @@ def _token_align_backward(
     needs_weight: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """(d student rows [B*S, D], dW [D, H]); one that nobody needs is empty."""
+    """Return (d student rows [B*S, D], dW [D, H]); a gradient that is not needed is empty."""
     student_rows = uses_RU.shape[0] - teacher_rows_AH.shape[0]
     d_student, d_weight = grad_PD.new_empty(0), grad_PD.new_empty(0)
     sums = sum_uses

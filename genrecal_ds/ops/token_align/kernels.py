@@ -1,4 +1,4 @@
-"""Runs token_align's gather and its transpose as Triton kernels.
+"""Runs token_align's gather and the transpose of that gather as Triton kernels.
 
 Shapes: D student width, A teacher rows used, R source rows, U most uses of one row, P packed rows.
 """
@@ -41,7 +41,7 @@ def _sum_uses(grad, uses, out, width, U: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def gather(student_rows_RD: Tensor, projected_AD: Tensor, source_P: Tensor) -> Tensor:
-    """packed_PD: row i of the student for source i >= 0, else projected row -i-1."""
+    """Return packed_PD: row i of the student for source i >= 0, else projected row -i-1."""
     width = student_rows_RD.shape[1]
     packed_PD = student_rows_RD.new_empty(source_P.shape[0], width)
     if packed_PD.numel():
@@ -53,7 +53,7 @@ def gather(student_rows_RD: Tensor, projected_AD: Tensor, source_P: Tensor) -> T
 
 
 def sum_uses_triton(grad_PD: Tensor, uses_RU: Tensor) -> Tensor:
-    """reference.sum_uses in one launch."""
+    """Compute reference.sum_uses in one launch."""
     rows, uses = uses_RU.shape
     out_RD = grad_PD.new_empty(rows, grad_PD.shape[1])
     if out_RD.numel():

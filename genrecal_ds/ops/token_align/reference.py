@@ -15,7 +15,7 @@ def token_align_reference(
     proj_pre_weight_DH: Tensor,
     source_P: Tensor,
 ) -> Tensor:
-    """packed_PD; see token_align. Under autograd its gradients are the definition too."""
+    """Return packed_PD; see token_align. Autograd's gradients of this are the definition too."""
     projected_AD = linear(teacher_rows_AH.detach(), proj_pre_weight_DH)
     student_rows = student_hidden_BSD.flatten(0, 1)
     source = source_P.long()
@@ -24,7 +24,7 @@ def token_align_reference(
 
 
 def sum_uses(grad_PD: Tensor, uses_RU: Tensor) -> Tensor:
-    """[R, D]: the sum of grad rows that each source row was used in, 0 for none; summed in fp32."""
+    """Sum in fp32 the gradients of all uses of each source row, 0 for no use: [R, D]."""
     padded = cat([grad_PD, grad_PD.new_zeros(1, grad_PD.shape[1])])
     used = uses_RU.long().where(uses_RU >= 0, grad_PD.shape[0])
     first, *others = used.unbind(1)

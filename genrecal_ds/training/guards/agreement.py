@@ -1,7 +1,7 @@
-"""Tells all ranks what they must know of a step before its first forward: one all-reduce.
+"""Tells all ranks what they must know before a step's first forward, by one small all-reduce.
 
-Row counts (the losses' denominators), what became of the samples, whether anyone asks to stop,
-which samples the ranks really read, and whether they are about to call the same modules.
+The numbers: row counts (the losses' denominators), what became of the samples, whether a rank asks
+to stop, which samples the ranks really read, and which modules each rank is about to call.
 """
 
 import zlib
@@ -15,13 +15,13 @@ from genrecal_ds import dist
 from genrecal_ds.data.batch import PairBatch, SideBatch
 from genrecal_ds.data.plan import PADDING
 
-# Up to 4096 ranks a sum of squares is exact in float64, and one code that differs changes the
-# comparison below by more than its rounding.
+# Up to 4096 ranks a sum of squares is exact in float64. One code that differs then changes the
+# comparison below by more than the rounding.
 _SCHEDULE_BITS = 20
 
 
 class Agreed(NamedTuple):
-    """The same on every rank."""
+    """The numbers of a step that are the same on every rank."""
 
     teacher_rows: float
     student_rows: float
@@ -39,7 +39,7 @@ def agree(
 ) -> Agreed:
     """Exchange this rank's numbers of one step. A collective.
 
-    Raises CallMismatch on every rank, naming what each is about to call.
+    Raises CallMismatch on every rank, naming what each rank is about to call.
     """
     schedule = calls(micro)
     code = zlib.crc32(f"{step} {schedule}".encode()) >> (32 - _SCHEDULE_BITS)
@@ -62,7 +62,7 @@ def agree(
 
 
 def calls(micro: Sequence[PairBatch]) -> str:
-    """The modules that a rank's micro-batches will call, as a readable line."""
+    """Name the modules that a rank's micro-batches will call, as a readable line."""
     sides = (
         ">".join(_inputs(side.inputs) for side in (batch.teacher, batch.student) if side)
         for batch in micro
@@ -75,7 +75,7 @@ def _inputs(side: SideBatch) -> str:
 
 
 def batch_digest(samples: Sequence[int]) -> int:
-    """A number below 2^31 per sample, added up: the order and the ranks do not matter.
+    """Add up a number below 2^31 for each sample: the order and the ranks do not matter.
 
     Exact as a float64 up to 4 million samples a step. Padding slots count nothing.
     """
@@ -86,7 +86,7 @@ def batch_digest(samples: Sequence[int]) -> int:
 
 
 def _differences(step: int, schedule: str) -> str:
-    """What the ranks are about to call, most common first; a collective."""
+    """Say what the ranks are about to call, most common first; a collective."""
     ranks_of: dict[str, list[int]] = {}
     for rank, text in enumerate(dist.gather_objects(schedule)):
         ranks_of.setdefault(text, []).append(rank)

@@ -1,4 +1,4 @@
-"""Counts a stage's samples over all ranks: seen, left out, damaged, shortened."""
+"""Counts what became of a stage's samples, over all ranks: seen, left out, damaged, shortened."""
 
 import sys
 from collections import Counter
@@ -9,7 +9,7 @@ from genrecal_ds import dist
 from genrecal_ds.data.batch import PairBatch
 from genrecal_ds.errors import UserError
 
-# Samples after which a run that could use none of them is a mistake in the recipe.
+# If no sample is usable after so many, the recipe has a mistake.
 MIN_SEEN = 100
 # A short run may meet a few damaged samples before a rate means anything.
 MIN_UNREADABLE = 10
@@ -26,7 +26,7 @@ class SampleCounts:
         self.reasons: Counter[str] = Counter()  # of this rank, for the log
 
     def of(self, micro: Sequence[PairBatch]) -> list[int]:
-        """This rank's counts of one step, in the order of NAMES; damaged keys are printed."""
+        """Return this rank's counts of one step, in the order of NAMES; print damaged keys."""
         for batch in micro:
             self.reasons.update(batch.unusable)
             for line in batch.unreadable:
@@ -42,8 +42,8 @@ class SampleCounts:
     def add(self, values: Sequence[float]) -> None:
         """Add a step's counts of all ranks. Raises UserError, on every rank alike, over the limit.
 
-        A few damaged samples are replaced by nothing and counted; many mean that the data is not
-        what it was, and going on would train on something else.
+        A few damaged samples are left out and counted. Many mean that the data has changed, and
+        the run would train on something else.
         """
         for name, value in zip(self.NAMES, values, strict=True):
             self.total[name] += int(value)
@@ -60,7 +60,7 @@ class SampleCounts:
             )
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the counts for the checkpoint."""
         return dict(self.total)
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Records steps that went wrong, with their samples: RUN/STAGE/faults/rank0.jsonl, ...
 
-A step is skipped on all ranks together: the gradient's norm is global, so a NaN of any rank is
-one of every rank's, and DeepSpeed then leaves weights and optimizer state as they were.
+All ranks skip a step together. The gradient's norm is global, so a NaN on one rank is a NaN on
+every rank, and DeepSpeed then leaves weights and optimizer state unchanged.
 """
 
 import json
@@ -36,7 +36,7 @@ class Faults:
     ) -> None:
         """Note a step whose update was left out. losses: this rank's, one per micro-batch.
 
-        Raises UserError, on every rank alike, when too many in a row were.
+        Raises UserError on every rank when too many steps in a row were skipped.
         """
         if is_applied:
             self.in_a_row = 0
@@ -60,7 +60,7 @@ class Faults:
     def check_spikes(
         self, step: int, micro: Sequence[PairBatch], values: dict[str, float]
     ) -> list[str]:
-        """Names among values (the same on every rank) that left their usual range upwards."""
+        """Name the values (the same on every rank) that rose above their usual range."""
         spikes = []
         for name, value in values.items():
             history = self._history.setdefault(name, deque(maxlen=WINDOW))
@@ -77,7 +77,7 @@ class Faults:
     def _write(
         self, kind: str, step: int, micro: Sequence[PairBatch], facts: dict[str, object]
     ) -> None:
-        """One line of this rank, with the keys of the samples that it had."""
+        """Write one line of this rank, with the keys of its samples."""
         samples = [sample for batch in micro for sample in batch.sample_ids]
         read = self.reader.read_many(samples)
         keys = [str(sample) if isinstance(sample, BadSample) else sample.key for sample in read]
@@ -88,5 +88,5 @@ class Faults:
 
 
 def _finite(value: float) -> float | str:
-    """JSON has no NaN."""
+    """Return NaN and infinity as text: JSON has neither."""
     return value if math.isfinite(value) else str(value)

@@ -1,7 +1,7 @@
-"""Warns of signs that the method does not work, read from a logged step's probes.
+"""Reads from a logged step's probes the signs that the method does not work.
 
-Each is a comparison that holds in a sound run (docs/method.md, "Health"), said once in a stage.
-Early in a stage none is: the Recalibrator starts from noise.
+Each sign is a comparison that fails only in an unsound run (docs/method.md, "Health"). A stage
+prints a sign once, and none early: the Recalibrator starts from noise.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ AGREES = 0.5  # share of other rows whose likeliest token is the teacher's
 
 
 def warnings_of(metrics: Mapping[str, float], progress: float) -> dict[str, str]:
-    """{name: sentence} of the signs that are bad; progress: share of the stage that is done."""
+    """Return {name: sentence} of the bad signs. progress: share of the stage that is done."""
     if progress < SETTLED:
         return {}
     warnings = {}

@@ -1,7 +1,7 @@
-"""Listens for a stop request, by signal or file; ranks stop together at a step's end.
+"""Notes a request to stop, by a signal or a file; the ranks stop together, at a step's end.
 
-SIGUSR1 and SIGTERM are what SLURM, launchers and people send before a job is taken away. A rank
-only remembers them: if it left by itself, the others would wait in a collective for ever.
+SLURM, launchers and people send SIGUSR1 or SIGTERM before a job is taken away. A rank only
+remembers the signal: if one rank left alone, the others would wait in a collective for ever.
 """
 
 import signal
@@ -25,7 +25,7 @@ def _remember(number: int, frame: FrameType | None) -> None:
 
 
 def reason(run_dir: Path) -> str | None:
-    """Why this rank wants to stop: a signal's name, STOP for the file, None to go on."""
+    """Say why this rank wants to stop: a signal's name, STOP for the file, None to go on."""
     if _received:
         return _received[0]
     return STOP_FILE if (run_dir / STOP_FILE).exists() else None

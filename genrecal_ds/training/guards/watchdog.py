@@ -1,8 +1,8 @@
-"""Turns a stall into an error that says who, where and why, and ends the process.
+"""Turns a stall into an error: a thread without progress says who, where, why, and ends the rank.
 
-Every rank tells a common store how far it is. The rank that is least far holds up the others: one
-that is stopped or gone cannot say so itself. Ending the process is what frees the machines; a
-rank stuck in a collective answers to nothing else.
+Every rank tells a common store how far it is. The rank that is least far holds up the others; a
+rank that is stopped or gone cannot say so itself. Ending the process frees the machines: a rank
+that is stuck in a collective answers to nothing else.
 """
 
 import faulthandler
@@ -32,8 +32,8 @@ STORE_SECONDS = 10  # the store's host may be the rank that is stopped
 class Watchdog:
     """Watches the main thread's clock: every phase that begins is progress.
 
-    seconds: without progress, until this rank ends itself; 0 = never. modules: names -> modules
-    in which it may be found stuck.
+    seconds: time without progress until this rank ends itself; 0 = never. modules: names ->
+    modules in which the main thread may be stuck.
     """
 
     def __init__(self, folder: Path, seconds: float, clock: Clock, modules: Mapping[str, Any]):
@@ -62,7 +62,7 @@ class Watchdog:
         woke = since
         while not self._ending.wait(interval):
             now, last = time.monotonic(), woke
-            # Who slept too long was stopped itself (a suspended job), and begins to count anew.
+            # A thread that slept too long was stopped (a suspended job) and starts to count anew.
             if self.clock.phases_begun != seen or now - last > 3 * interval + STORE_SECONDS:
                 seen, since = self.clock.phases_begun, now
             woke = now
@@ -95,7 +95,7 @@ class Watchdog:
             os._exit(EXIT_STALLED)
 
     def _stuck_module(self, frame: FrameType | None) -> str | None:
-        """The innermost module whose method the main thread is in."""
+        """Name the innermost module that the main thread is in."""
         names = {
             id(module): ".".join(filter(None, (root, name)))
             for root, tree in self.modules.items()
@@ -110,7 +110,7 @@ class Watchdog:
 
 
 class _Board:
-    """Where the ranks write how far they are: the store that they met at."""
+    """The store at which the ranks met; there each rank writes how far it is."""
 
     def __init__(self, store: torch_dist.Store | None):
         self._store = store
@@ -118,14 +118,14 @@ class _Board:
 
     @classmethod
     def join(cls) -> "_Board":
-        """By a connection of its own: the process group's is not for several threads."""
+        """Open a new connection: the process group's connection is not for several threads."""
         if not dist.is_initialized() or dist.world_size() == 1:
             return cls(None)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=STORE_SECONDS)
         try:
             store = torch_dist.TCPStore(host, port, is_master=False, timeout=timeout)
-        except RuntimeError:  # a rank that is not named is better than none watched
+        except RuntimeError:  # watch without naming other ranks
             return cls(None)
         return cls(torch_dist.PrefixStore("genrecal-watchdog", store))
 
@@ -138,14 +138,14 @@ class _Board:
         _quietly(lambda: store.set(f"{dist.rank()}", text))
 
     def who_is_behind(self, place: Place, interval: float) -> str:
-        """A rank that has fallen silent, or else the one that is least far; a line."""
+        """Name, in a line, a rank that has fallen silent, or else the rank that is least far."""
         if self._store is None:
             return "no store: nothing is known of other ranks"
         gone = "the store does not answer: rank 0 is stopped or gone"
         before = self._read()
         if before is None:
             return gone
-        for _ in range(6):  # the others ask the same now, and must not find us silent
+        for _ in range(6):  # the others ask the same now: we must not look silent
             self.post(place)
             time.sleep(interval / 3)
         after = self._read()
@@ -175,7 +175,7 @@ def _described(place: Place) -> str:
 
 
 def _quietly(call: Any) -> bool:
-    """Run a call to the store that may never return. Whether it did, without an error."""
+    """Run a call to the store that may never return; True if it returned without an error."""
     done: list[bool] = []
 
     def attempt() -> None:
@@ -183,7 +183,7 @@ def _quietly(call: Any) -> bool:
             call()
             done.append(True)
         except (RuntimeError, ValueError, OSError):
-            pass  # a store that is gone is what this exists for
+            pass  # the store is gone, which this function exists for
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()

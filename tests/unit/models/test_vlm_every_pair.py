@@ -17,9 +17,10 @@ from genrecal_ds.models.head import FrozenHead, load_final_norm, load_frozen_hea
 from genrecal_ds.models.recalibrator import Recalibrator
 from genrecal_ds.models.saving import write_student
 from genrecal_ds.models.vlm import TeacherBody, load_vlm
-from genrecal_ds.objectives.base import TeacherRows, Totals
+from genrecal_ds.objectives.base import Ingredients, TeacherRows, Totals
 from genrecal_ds.objectives.genrecal import GenRecal
-from genrecal_ds.recipe.stage_config import LossConfig
+from genrecal_ds.objectives.report import Clock
+from genrecal_ds.recipe.stage_config import StageConfig
 from tests.unit.models.test_vlm_every_family import most_turns, reads_images, samples
 from tests.zoo import ROWS
 
@@ -54,8 +55,9 @@ def stage(teacher: Path, student: Path, trains_student: bool, pack: bool = False
     recalibrator = Recalibrator(model.text_config, rows.inputs_AH.shape[1])
     recalibrator.initialize(0.1, load_final_norm(teacher))
     head = FrozenHead(load_frozen_head(teacher, torch.float32, CPU))
-    objective = GenRecal(model, recalibrator, head, LossConfig(), trains_student).train()
-    return Stage(objective, batch, rows)
+    config = StageConfig(kind="distill" if trains_student else "align", steps=1)
+    parts = Ingredients(config, model, encoders, Clock(), head, recalibrator)
+    return Stage(GenRecal(parts).train(), batch, rows)
 
 
 def train(trained: Stage, steps: int = 2) -> list[float]:
