@@ -21,8 +21,7 @@ from genrecal_ds.ops.head_loss.contract import Head
 from genrecal_ds.ops.softcap import softcapped
 
 ChunkDistance = Callable[[Tensor, slice], Tensor]  # (logits [n, V], their rows) -> [n]
-# Matrices of a chunk's logits' size that any distance may hold. JSD holds 11, ULD 10 and the GPU's
-# memory for sorting, a softcapped head 2 more.
+# Matrices of a chunk's logits' size that a distance may hold where its caller names no number.
 MATRICES = 16
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 END, STOP, NUM_SYMBOLS = 256, 257, 258
-# Both functions together hold 6 matrices of the logits' size at once, and 2 for a softcapped head.
 NARROW = 16  # a boundary from which more than 1 in NARROW tokens go on is summed densely
 _TINY = 1e-38  # added in a logarithm, so that a mass lost in rounding is not taken for absent
 

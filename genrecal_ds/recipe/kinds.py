@@ -32,7 +32,7 @@ class Kind:
     takes_own_answers: bool = False  # on_policy may replace answers, as some term reads no label
     projects: bool = False  # a linear map [H, D] trains beside the student
     # How many matrices of a chunk's logits' size a distance at the student's head holds at once;
-    # 0: no such distance. tests/unit/objectives/test_token_kd_memory.py measures the number.
+    # 0: no such distance. tests/unit/objectives/test_student_kd_memory.py measures it.
     head_matrices: int = 0
     takes_whole_conversations: bool = False  # a chunk of the distance is a whole conversation
 
@@ -60,10 +60,13 @@ KINDS: dict[str, Kind] = {
         _OBJECTIVES + "genrecal", ("layers", "norm"), has_recalibrator=True, takes_own_answers=True
     ),
     "sft": Kind(_OBJECTIVES + "supervised", has_teacher=False),
+    # ULD holds 10 and the GPU's memory for sorting, JSD 11; a softcapped head 2 more.
     "uld": Kind(_OBJECTIVES + "uld", head_matrices=16),
     "logit_kd": Kind(_OBJECTIVES + "logit_kd", needs_one_tokenizer=True, head_matrices=16),
+    # MOT holds 6.1, and 2 of a softcapped head.
     "mot": Kind(_OBJECTIVES + "mot", head_matrices=9, takes_whole_conversations=True),
     "dskd": Kind(_OBJECTIVES + "dskd", projects=True),
+    # The next-byte KL holds 6, and 2 of a softcapped head.
     "byte_kd": Kind(
         _OBJECTIVES + "byte_kd", matches_bytes=True, takes_own_answers=True, head_matrices=9
     ),

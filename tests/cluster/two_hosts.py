@@ -95,7 +95,7 @@ class TwoHosts:
         return path
 
     def environment(self, base: dict[str, str]) -> dict[str, str]:
-        """`ssh` is ours, so nobody's ~/.ssh is read; gloo must be told which device to use."""
+        """`ssh` is ours and reads no ~/.ssh; gloo must be told which device to use."""
         return {
             **base,
             "PATH": f"{self.folder}/bin:{base['PATH']}",

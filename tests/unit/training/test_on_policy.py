@@ -103,7 +103,7 @@ def test_draws_follow_the_distribution_and_their_generator():
         drawn(1.0, [torch.Generator().manual_seed(n)], Words())(logits.expand(2, -1))
         for n in (1, 1)
     ]
-    assert again[0] == again[1] and again[0][1] == 0  # a row of nobody's
+    assert again[0] == again[1] and again[0][1] == 0  # the second row has no sample
 
 
 def test_a_conversation_without_room_for_an_answer_keeps_its_own(dataset, monkeypatch):
