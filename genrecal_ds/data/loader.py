@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.features import CachedView, Features, FeatureStore
+from genrecal_ds.data.handover import packed, unpacked
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.pair import (
     Encoder,
@@ -190,15 +191,17 @@ def micro_batches(
         batch_size=None,
         sampler=_StepSlots(plan, range(first_step, last_step), rank, world_size, micro_batch),
         num_workers=num_workers,
+        collate_fn=packed if num_workers else _unchanged,  # the default would convert what it finds
         pin_memory=pin_memory,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
         worker_init_fn=partial(_leave_signals_to_the_rank, is_closing) if num_workers else None,
         persistent_workers=False,
     )
+    received = unpacked if num_workers else _unchanged
     try:
         batches = iter(loader)
         for _ in range(first_step, last_step):
-            yield [next(batches) for _ in range(accumulation)]
+            yield [received(next(batches)) for _ in range(accumulation)]
     except UserError as error:
         # from a worker it comes with a traceback as its text; a user needs the last line
         raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
@@ -206,6 +209,10 @@ def micro_batches(
         raise RuntimeError("a data worker ended in the middle of a batch") from error
     finally:
         is_closing.value = 1
+
+
+def _unchanged(batch: PairBatch) -> PairBatch:
+    return batch
 
 
 @dataclass(frozen=True)

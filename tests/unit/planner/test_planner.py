@@ -4,7 +4,9 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from genrecal_ds.estimate import flops
 from genrecal_ds.estimate.memory import Load
 from genrecal_ds.planner import __main__ as planner
+from genrecal_ds.planner.__main__ import main
 from genrecal_ds.planner.cost import Machine, micro_steps, received, step_seconds, wire
 from genrecal_ds.planner.facts import GPUS, PAPER_FORWARD, PAPER_PAIRS, model_names
 from genrecal_ds.planner.report import forward_ratio
@@ -152,23 +155,32 @@ def test_the_fastest_that_fits_uses_the_cache(qwen):
     assert cached.stages["align"].hours == live.stages["align"].hours
 
 
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
+def command(*words: str) -> tuple[int, str]:
+    """(exit code, what it prints), in this process: another one would import torch again."""
+    with redirect_stdout(StringIO()) as output:
+        code = main(words)
+    return code, output.getvalue()
+
+
+def test_the_command_starts():
+    words = ["--teacher", PAIR[0], "--student", PAIR[0]]
+    done = subprocess.run(
         [sys.executable, "-m", "genrecal_ds.planner", *words],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
+    assert done.returncode == 2 and "same folder" in done.stdout, done.stderr
 
 
 def test_the_written_recipe_is_one(tmp_path):
     names = ["--teacher", "internvl3.5-38b", "--student", "internvl3.5-8b"]
-    done = command(*names, "--gpus", "64", "--gpu", "h100-80g", "--write", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = command(*names, "--gpus", "64", "--gpu", "h100-80g", "--write", str(tmp_path))
+    assert code == 0, output
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert [stage.kind for stage in recipe.stages] == ["align", "distill", "sft"]
     assert [recipe.global_batch(stage) for stage in recipe.stages] == [8192, 4096, 8192]
     for stage in recipe.stages:
         assert recipe.accumulation_steps(stage, 64) >= 1
-    assert recipe.teacher.cache and "The fastest" in done.stdout
+    assert recipe.teacher.cache and "The fastest" in output
 
 
 @pytest.mark.parametrize(
@@ -182,23 +194,23 @@ def test_the_written_recipe_is_one(tmp_path):
     ],
 )
 def test_plans_that_cannot_be(words, said):
-    done = command("--teacher", PAIR[0], "--student", PAIR[1], *words)
-    assert done.returncode == 2
-    refused = [line for line in done.stdout.splitlines() if line.startswith("REFUSED")]
-    assert len(refused) == 1 and re.search(said, refused[0]), done.stdout[-2000:]
+    code, output = command("--teacher", PAIR[0], "--student", PAIR[1], *words)
+    assert code == 2
+    refused = [line for line in output.splitlines() if line.startswith("REFUSED")]
+    assert len(refused) == 1 and re.search(said, refused[0]), output[-2000:]
 
 
 def test_the_papers_figures_are_printed():
-    done = command("--paper")
-    assert done.returncode == 0, done.stderr
-    assert "10.11, paper 10.12" in done.stdout and "1.91 TFLOP, paper 2.27 (-16%)" in done.stdout
-    assert "505 TFLOP/s" in done.stdout and "peak is 312" in done.stdout
+    code, output = command("--paper")
+    assert code == 0, output
+    assert "10.11, paper 10.12" in output and "1.91 TFLOP, paper 2.27 (-16%)" in output
+    assert "505 TFLOP/s" in output and "peak is 312" in output
 
 
 def test_scale(tmp_path):
     names = ["--teacher", "internvl2.5-78b", "--student", "internvl2.5-8b"]
-    done = command(*names, "--scale", "--gpus", "128")
-    table = done.stdout.split("\nScale\n")[1].split("\nThe fastest")[0]
+    code, output = command(*names, "--scale", "--gpus", "128")
+    table = output.split("\nScale\n")[1].split("\nThe fastest")[0]
     assert {int(n) for n in re.findall(r"^zero3 +(\d+) ", table, re.M)} == {
         2**p for p in range(3, 14)
     }  # fmt: skip

@@ -149,7 +149,7 @@ def run_train(*arguments, **env):
     )  # fmt: skip
 
 
-def test_command_exits_2_with_one_line(tmp_path, pair, shards):
+def test_command_exits_2_with_one_line(tmp_path, pair, shards, capsys):
     """The mistakes that need folders; none of them loads a model."""
     real = {
         "teacher": {"path": str(pair / "teacher_init")},
@@ -178,12 +178,19 @@ def test_command_exits_2_with_one_line(tmp_path, pair, shards):
         ({**real, "student": {"path": str(no_answers)}}, "cannot find answers"),
         ({**real, "data": {"train": str(empty)}}, "shards is empty"),
     ]
-    for changes, message in cases:
-        result = run_train(write(tmp_path, **changes))
-        assert result.returncode == 2, result.stderr
-        line = result.stderr.strip().splitlines()[-1]
+    from launch.train import main
+
+    for number, (changes, message) in enumerate(cases):
+        recipe = write(tmp_path, **changes)
+        if number in (0, len(cases) - 1):  # before torch is imported, and after
+            result = run_train(recipe)
+            code, said = result.returncode, result.stderr
+        else:  # in this process, which must not be redirected as a run's is
+            code, said = main([str(recipe), "--dry-run"]), capsys.readouterr().err
+        assert code == 2, said
+        line = said.strip().splitlines()[-1]
         assert message in line, line
-        assert "Traceback" not in result.stderr
+        assert "Traceback" not in said
         assert not (tmp_path / "run").exists()
 
 
