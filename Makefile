@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-extras test-cluster chaos same-bits test-gpu map models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-extras test-unit test-dist test-cluster chaos same-bits test-gpu map models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -23,10 +23,12 @@ setup: ## make .venv (PYTHON=..., GENRECAL_TORCH_INDEX=...); demo and test do it
 demo: setup ## a whole distillation at toy size on the CPU, with a table (CACHE=1: teacher's rows kept)
 	$(IN_VENV) .venv/bin/python -m launch.demo.run $(if $(CACHE),--cache)
 
-test: test-extras ## ruff, mypy, then the tests that need no GPU (SLOW=1: the slow ones too)
-	.venv/bin/ruff check .
-	.venv/bin/python -m mypy
+test: lint test-extras test-unit test-dist ## the four tiers that need no GPU (SLOW=1: slow tests too)
+
+test-unit: setup ## one room each, files beside each other
 	$(IN_VENV) .venv/bin/python -m pytest -m '$(TESTS) and not dist' $(BESIDE)
+
+test-dist: setup ## two ranks or more on the CPU
 	$(IN_VENV) .venv/bin/python -m pytest -m '$(TESTS) and dist'
 
 # torchvision and torchao change what transformers does once they can be imported, so they lie
