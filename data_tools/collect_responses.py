@@ -10,7 +10,6 @@ are left out and counted. Answers of another engine can be used too: a line per 
 `prediction` and `score`. Pictures are copied byte for byte. After a kill, finished shards are kept.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from data_tools.build import positive
 from data_tools.builder import build, is_finished
 from data_tools.progress import progress_bar
 from data_tools.sources import RawSample, RowSource, assistant
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.console.command import command
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.data.index import ShardIndex, file_sha256, local_path
@@ -85,10 +85,7 @@ def read_responses(path: Path) -> dict[str, tuple[str, float]]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code is 0 or 2 (a user's mistake)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.collect_responses", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m data_tools.collect_responses", __doc__)
     parser.add_argument("shards", metavar="SHARDS")
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.jsonl")
     parser.add_argument("--out", required=True, metavar="DIR")

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from genrecal_ds.console.arguments import positive
+from genrecal_ds.console.arguments import command_parser, positive
 from genrecal_ds.console.refusals import Findings
 from genrecal_ds.errors import UserError
 from genrecal_ds.estimate.memory import GIB, NOT_COUNTED, Estimate, estimate
@@ -346,10 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.doctor", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.doctor", __doc__)
     parser.add_argument("recipe", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpus", type=positive(int), metavar="N", help="ranks in all")

@@ -4,7 +4,6 @@ python -m genrecal_ds.export runs/demo/sft OUT                       a finished 
 python -m genrecal_ds.export runs/demo/sft/checkpoints/step-00000100 OUT   one in the middle
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.lora import merged
@@ -57,10 +57,7 @@ def export(source: Path, folder: Path) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.export", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.export", __doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args(argv)

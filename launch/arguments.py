@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from genrecal_ds.console.arguments import command_parser
+
 
 def recipe_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser for a recipe, overrides of its keys, and a stage."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(prog, description)
     parser.add_argument("recipe", help="a YAML file, or the name of one in launch/recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--stage", help="train this one of the recipe's stages only")

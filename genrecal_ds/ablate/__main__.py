@@ -11,7 +11,6 @@ tables of scores stand the last probes of arms that have probes. genrecal_ds/abl
 what a grid file holds.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from genrecal_ds.ablate import probes, table
 from genrecal_ds.ablate.grid import Grid, Run, claim, load_grid, runs_of
-from genrecal_ds.console.arguments import positive, share
+from genrecal_ds.console.arguments import command_parser, positive, share
 from genrecal_ds.console.command import command, complain
 from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.hostfile import free_port
@@ -103,10 +102,7 @@ def perform_all(
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.ablate", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.ablate", __doc__)
     parser.add_argument("recipe", type=Path, help="of the arms that name none")
     parser.add_argument("--grid", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

@@ -21,7 +21,7 @@ from genrecal_ds.analysis.features import boundary_points, embed, mixing, own_lo
 from genrecal_ds.analysis.page import write_page
 from genrecal_ds.analysis.probes import TrainedStage, cosines, single_turns
 from genrecal_ds.analysis.report import read_log
-from genrecal_ds.console.arguments import positive
+from genrecal_ds.console.arguments import command_parser, positive
 from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
@@ -139,10 +139,7 @@ def _named(text: str) -> tuple[str, Path, Path]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.analysis", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.analysis", __doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("shards", type=Path, help="held-out ones")
     parser.add_argument("--against", type=Path, help="a run that differs in the regularizer")

@@ -12,7 +12,6 @@ process, without ZeRO.
 Shapes: M student loss rows, D student width.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.index import ShardIndex
@@ -144,10 +144,7 @@ def markdown(by_student: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.analysis.gap", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.analysis.gap", __doc__)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("shards", type=Path)
     parser.add_argument("student", type=Path, nargs="+", help="model folders")

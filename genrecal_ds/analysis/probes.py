@@ -11,7 +11,6 @@ over all rows hides this, and hides a wrong row shift.
 Shapes: B conversations, S student length, D student width, H teacher width, N loss rows.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from genrecal_ds import IGNORE
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.console.command import command
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.index import ShardIndex
@@ -215,10 +215,7 @@ def facts(values: dict[str, Any]) -> dict[str, bool]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.analysis.probes", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.analysis.probes", __doc__)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("stage", type=Path, nargs="+", help="one or more finished stages' folders")
     parser.add_argument("shards", type=Path)

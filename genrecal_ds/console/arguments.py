@@ -4,10 +4,17 @@ import argparse
 from collections.abc import Callable
 
 
-def positive(kind: type) -> Callable[[str], float]:
+def command_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose help is the module's docstring, line breaks kept."""
+    return argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     """Make an argparse type: a number of this kind above 0."""
 
-    def read(text: str):
+    def read(text: str) -> float:
         value = kind(text)
         if not value > 0:
             raise argparse.ArgumentTypeError(f"{text} is not above 0")

@@ -10,7 +10,7 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -186,18 +186,20 @@ def micro_batches(
     is_closing = multiprocessing.RawValue("b", 0)
     # Behind an uncaught error this generator is closed only after Python has waited for workers.
     atexit.register(setattr, is_closing, "value", 1)
+    # torch's default collate function would convert what it meets, so there is always another one.
+    sent: Callable[[Any], Any] = packed if num_workers else _unchanged
+    received: Callable[[Any], PairBatch] = unpacked if num_workers else _unchanged
     loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=_StepSlots(plan, range(first_step, last_step), rank, world_size, micro_batch),
         num_workers=num_workers,
-        collate_fn=packed if num_workers else _unchanged,  # the default would convert what it finds
+        collate_fn=sent,
         pin_memory=pin_memory,
         timeout=WORKER_TIMEOUT_SECONDS if num_workers else 0,
         worker_init_fn=partial(_leave_signals_to_the_rank, is_closing) if num_workers else None,
         persistent_workers=False,
     )
-    received = unpacked if num_workers else _unchanged
     try:
         batches = iter(loader)
         for _ in range(first_step, last_step):
@@ -211,7 +213,7 @@ def micro_batches(
         is_closing.value = 1
 
 
-def _unchanged(batch: PairBatch) -> PairBatch:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

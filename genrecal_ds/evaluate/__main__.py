@@ -7,7 +7,6 @@ Beside result.json lies result.predictions.jsonl, one line per sample. Both file
 any number of ranks. After a kill, the same command goes on.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.evaluate.metrics import METRICS, metric_of, named, scores_by_kind
@@ -170,10 +170,7 @@ def weights_hash(folder: Path) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.evaluate", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.evaluate", __doc__)
     parser.add_argument("model", type=Path, help="an exported Hugging Face folder")
     parser.add_argument("shards", type=Path, help="a folder made by data_tools.build")
     parser.add_argument("--out", type=Path, required=True, help="the result, as JSON")

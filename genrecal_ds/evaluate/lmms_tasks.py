@@ -9,7 +9,6 @@ below. lmms-eval wants other packages than training does: give it a virtual envi
 with this package in it (docs/evaluation.md).
 """
 
-import argparse
 import io
 import json
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
@@ -132,10 +132,7 @@ def score_of(kind: str, prediction: str, answers: list[str]) -> float:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.evaluate.lmms_tasks", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.evaluate.lmms_tasks", __doc__)
     parser.add_argument("shards", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--name", required=True, help="the task will be called genrecal_NAME")

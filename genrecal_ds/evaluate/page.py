@@ -6,13 +6,13 @@ The results come from genrecal_ds.evaluate on the same shards. Samples that the 
 come first, and among them those that another model has right.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.console.command import command
 from genrecal_ds.console.page import html_page, picture
 from genrecal_ds.console.text import printable, printable_lines
@@ -104,10 +104,7 @@ def _card(
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.evaluate.page", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.evaluate.page", __doc__)
     parser.add_argument("shards", type=Path)
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     parser.add_argument("--out", type=Path, required=True)

@@ -8,7 +8,6 @@ second, and what the FLOPs alone would give. A vision encoder's FLOPs are not co
 logs do not say how many tokens were visual.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from genrecal_ds.console.arguments import command_parser
 from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.estimate import flops
@@ -111,10 +111,7 @@ def compared(run: Measured, base: Measured) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m genrecal_ds.planner.measured", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("python -m genrecal_ds.planner.measured", __doc__)
     parser.add_argument("stages", type=Path, nargs="+", metavar="RUN/STAGE")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="of one rank's device")
     arguments = parser.parse_args(argv)
