@@ -28,6 +28,7 @@ def build_digit_shards(folder: Path, split: str, num_samples: int, seed: int = 0
     return folder
 
 
+@cache
 def texts_of_digits(num_samples: int = 500) -> list[str]:
     from data_tools.sources import digits
 

@@ -66,8 +66,6 @@ def loads_of(
     teacher: str, student: str, scratch: Path, arguments: argparse.Namespace
 ) -> "dict[str, Load]":
     """Collect what memory.py calculates with, by stage. Raises UserError for an unknown model."""
-    from genrecal_ds.estimate.sizes import load_of
-
     length = arguments.max_length
     tree = {
         "run_dir": "planned", "precision": "bf16",
@@ -81,6 +79,8 @@ def loads_of(
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"--teacher, --student: {message}") from None
+    from genrecal_ds.estimate.sizes import load_of  # torch: no refusal waits for it
+
     gpus = arguments.gpus
     per_host = min(arguments.per_host, gpus)
     return {stage.kind: load_of(recipe, stage, gpus, per_host) for stage in recipe.stages}

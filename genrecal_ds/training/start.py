@@ -13,6 +13,7 @@ from genrecal_ds.estimate.describe import describe_blocks, freeze_map
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.hostfile import refuse_shared_devices
 from genrecal_ds.training.inputs import open_inputs
+from genrecal_ds.training.search_path import refuse_closed_folders
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -32,6 +33,8 @@ def train(recipe: Recipe, only: str | None, is_cache_only: bool) -> None:
     from genrecal_ds.training import engine
     from genrecal_ds.training.run import fill_caches, run_recipe
 
+    if not torch.cuda.is_available() and "LOCAL_SIZE" not in os.environ:  # as DeepSpeed asks
+        refuse_closed_folders(os.environ.get("PATH", os.defpath))
     engine.start(recipe.faults.stall_seconds, recipe.run_dir / "logs")
     check_devices()
     torch.use_deterministic_algorithms(recipe.deterministic)

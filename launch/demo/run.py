@@ -24,6 +24,7 @@ from typing import Any
 from genrecal_ds.console.command import command
 from genrecal_ds.errors import UserError
 from genrecal_ds.recipe.hostfile import free_port
+from genrecal_ds.training.search_path import refuse_closed_folders
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 FOLDER = Path("runs/demo")  # the recipes name it too
@@ -193,6 +194,8 @@ def require_facts(values: dict[str, Any]) -> None:
 
 
 def run(folder: Path, is_cached: bool = False) -> None:
+    if not _has_cuda():  # the deepspeed command would end with a traceback
+        refuse_closed_folders(os.environ.get("PATH", os.defpath))
     demo = Demo(folder, is_cached)
     demo.step("shards", folder / "data/heldout/manifest.json", demo.build_shards)
     demo.step("models", folder / "models/large_init/config.json", demo.build_pair)

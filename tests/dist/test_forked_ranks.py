@@ -20,7 +20,7 @@ sys.exit(int(os.environ["RANK"]) and sys.argv[1])
 
 @pytest.fixture(scope="module")
 def servers():
-    servers = RankServers(environment(), str(ROOT))
+    servers = RankServers(environment(), str(ROOT), imports=())
     yield servers
     servers.stop()
 
@@ -30,10 +30,10 @@ def ranks(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
-    def of(word: str, seconds: float = 60.0) -> list[Rank]:
+    def of(word: str, seconds: float = 60.0, num_ranks: int = 2) -> list[Rank]:
         return [
             Rank(str(script), [word], environment(RANK=str(i)), str(tmp_path / f"{i}"), seconds)
-            for i in range(2)
+            for i in range(num_ranks)
         ]
 
     return of
@@ -46,6 +46,12 @@ def test_each_rank_runs_as_a_process_of_its_own(servers, ranks, tmp_path):
     assert said[1].endswith("a word\n"), "what it ended with"
     seeds = [text.split()[3] for text in said]
     assert seeds[0] != seeds[1], "the order of sets would be one on all ranks"
+
+
+def test_more_ranks_than_processes_that_fork_them(servers, ranks, tmp_path):
+    assert servers.run(ranks("five", num_ranks=5)) == [0, 1, 1, 1, 1]
+    assert [(tmp_path / f"{i}").read_text()[0] for i in range(5)] == list("01234")
+    assert servers.run(ranks("alone", num_ranks=1)) == [0]
 
 
 def test_ranks_that_hang_are_killed(servers, ranks):

@@ -42,7 +42,7 @@ def test_shares_within_a_host_are_gathered_within_it(tmp_path, pair, shards):
     script, wire = ROOT / "tests/dist/ranks_measure.py", {}
     for placement in ("zero3", "zero3_host"):
         run = [recipe, f"run_dir={tmp_path / placement}", f"teacher.placement={placement}"]
-        run_ranks(script, [tmp_path / placement / "measured", "2", *run], 4, is_fresh=True)
+        run_ranks(script, [tmp_path / placement / "measured", "2", *run], 4)
         measured = json.loads((tmp_path / placement / "measured/rank0.json").read_text())
         wire[placement] = measured["wire"]["teacher"]
     own, expected = (

@@ -55,9 +55,7 @@ def run(folder: Path, shards: Path, kind: str, precision: str) -> tuple[Load, di
             "teacher": ds_config(folder, "teacher", 1_000_000),
         },
     )  # fmt: skip
-    run_ranks(
-        ROOT / "tests/dist/ranks_measure.py", [folder / "measured", "0", recipe], is_fresh=True
-    )
+    run_ranks(ROOT / "tests/dist/ranks_measure.py", [folder / "measured", "0", recipe])
     read = load_recipe(recipe)
     load = load_of(read, read.stages[0], gpus=2, per_host=2)
     lines = [line["tokens"] for line in records(folder / "run" / kind)]

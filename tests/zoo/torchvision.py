@@ -59,18 +59,24 @@ def lfm2_vl(folder: Path, kind: Kind) -> None:
 
 
 def phi4_multimodal(folder: Path, kind: Kind) -> None:
-    """Its picture's tokens are counted for crops of 448 pixels, whatever the config says."""
+    """Its picture's tokens are counted for crops of 448 pixels, whatever the config says.
+
+    So sequences are long, and attention's time goes with its heads: few of them.
+    """
     tokenizer = train(
         kind, ["<|image|>", "<|audio|>"], image_token="<|image|>", audio_token="<|audio|>"
     )
-    text = llm(tokenizer, "phi4_multimodal")
+    text = llm(
+        tokenizer, "phi4_multimodal", num_attention_heads=2, num_key_value_heads=1, head_dim=16
+    )
     text.pop("model_type")
     images = {"size": {"height": 448, "width": 448}, "patch_size": 14, "dynamic_hd": 4, **MEAN}
     save_vlm(
         folder, "phi4_multimodal", tokenizer, images, {"chat_template": template("<|image|>")},
         **text,
         vision_config=vit(
-            image_size=448, patch_size=14, crop_size=448, image_token_id=tokenizer.image_token_id
+            image_size=448, patch_size=14, crop_size=448, num_attention_heads=1,
+            image_token_id=tokenizer.image_token_id,
         ),
         audio_config={
             "hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2,
