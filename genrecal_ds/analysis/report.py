@@ -97,17 +97,6 @@ def print_table(report: dict[str, Any], console: Console | None = None) -> None:
     console.print(table) if console.width >= 110 else Console(width=110).print(table)
 
 
-def markdown_table(report: dict[str, Any]) -> str:
-    """Return the table of scores as Markdown, for README.md."""
-    kinds = [kind for kind in report["teacher"] if kind != "overall"]
-    lines = ["| model | overall [95 % interval] | " + " | ".join(kinds) + " |"]
-    lines.append("|---" * (len(kinds) + 2) + "|")
-    for name, scores in _models(report):
-        cells = [name, _cell(scores["overall"], True), *(_cell(scores[k]) for k in kinds)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def _models(report: dict[str, Any]) -> list[tuple[str, dict]]:
     return [("teacher", report["teacher"]), *report["students"].items()]
 

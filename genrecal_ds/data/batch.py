@@ -136,11 +136,10 @@ def join_teacher(batches: list[PairBatch], rules: dict[str, str]) -> JoinedTeach
     vision |= collate_vision([view.inputs.vision for view in views], rules)
     firsts = [0, *accumulate(len(side.input_ids) for side in sides)]
 
-    def moved(name: str) -> Tensor:
-        """Flat rows of every view as flat rows of the joined sequences."""
+    def moved(flats: list[Tensor]) -> Tensor:
+        """Turn flat rows of every view into flat rows of the joined sequences."""
         parts = []
-        for view, first in zip(views, firsts, strict=False):
-            flat = view.inputs.real_P if name == "real_P" else getattr(view, name)
+        for flat, view, first in zip(flats, views, firsts, strict=False):
             width = view.inputs.input_ids.shape[1]
             row = torch.div(flat, width, rounding_mode="floor")
             parts.append((row + first) * longest + flat - row * width)
@@ -150,10 +149,11 @@ def join_teacher(batches: list[PairBatch], rules: dict[str, str]) -> JoinedTeach
         torch.cat([side.input_ids for side in sides]),
         torch.cat([side.attention_mask for side in sides]),
         vision,
-        moved("real_P"),
+        moved([view.inputs.real_P for view in views]),
     )
     sizes = [(len(view.rows_A), len(view.targets_N)) for view in views]
-    return JoinedTeacher(joined, moved("rows_A"), moved("targets_N"), sizes)
+    rows_A = moved([view.rows_A for view in views])
+    return JoinedTeacher(joined, rows_A, moved([view.targets_N for view in views]), sizes)
 
 
 def _widened(side: SideBatch, longest: int, rules: dict[str, str]) -> SideBatch:

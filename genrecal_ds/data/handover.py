@@ -1,7 +1,7 @@
 """Hands a micro-batch from a data worker to its rank as one block of memory, whatever is in it.
 
 torch hands every tensor of a worker over as a file descriptor of its own, which stays open for as
-long as the tensor lives. A step of 64 micro-batches of 20 tensors would hold 1,280 of them, and
+long as the tensor lives. A step of 64 micro-batches of 25 tensors would hold 1,600 of them, and
 many systems allow a process 1,024: the run ends with "received 0 items of ancdata". Raising the
 limit helps only below the hard one, and torch's other way, files in /dev/shm, leaves them behind
 when a job is killed. So a worker packs a micro-batch's tensors into one, and the rank copies that

@@ -6,7 +6,7 @@ A recipe has one arrangement for all its stages, and a micro-batch for each.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from genrecal_ds.estimate.flops import SampleTokens
 from genrecal_ds.estimate.memory import GIB, Estimate, Load, Zero, estimate
@@ -14,9 +14,7 @@ from genrecal_ds.planner.cost import Machine, Step, micro_steps, step_seconds, w
 from genrecal_ds.recipe.config import Placement
 from genrecal_ds.recipe.recipe_file import load_ds_config
 
-PLACEMENTS: tuple[Placement, ...] = (
-    "zero3", "zero3_host", "zero3_offload", "replica", "replica_int8",
-)  # fmt: skip
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 SIZES = (1, 2, 4, 8, 16, 32)
 MEMORY_USED = 0.95  # of a GPU's: an allocator leaves holes
 

@@ -18,14 +18,19 @@ def refuse_closed_folders(path: str) -> None:
     if shutil.which("numactl", path=path):
         return
     for folder in path.split(os.pathsep):
-        try:
-            (Path(folder or ".") / "numactl").stat()
-        except PermissionError:
-            pass
-        except OSError:  # not there
-            continue
-        # else: it is there, and may not be run
-        raise UserError(
-            f"PATH: {folder} may not be searched, and DeepSpeed looks there for numactl; take "
-            "the folder out of PATH, or install numactl"
-        )
+        if _is_closed(Path(folder or ".") / "numactl"):
+            raise UserError(
+                f"PATH: {folder} may not be searched, and DeepSpeed looks there for numactl; take "
+                "the folder out of PATH, or install numactl"
+            )
+
+
+def _is_closed(command: Path) -> bool:
+    """True if the system may answer "Permission denied" when the command is started."""
+    try:
+        command.stat()
+    except PermissionError:
+        return True
+    except OSError:  # not there
+        return False
+    return True  # it is there, and which() has found that it may not be run

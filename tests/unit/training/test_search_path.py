@@ -30,12 +30,12 @@ def test_a_closed_folder_is_named(closed, tmp_path):
 
 
 def test_a_folder_that_is_not_there_and_a_numactl_that_is_are_fine(closed, tmp_path):
-    refuse_closed_folders(f"{tmp_path}/none:{tmp_path}:/dev/null")
+    assert refuse_closed_folders(f"{tmp_path}/none:{tmp_path}:/dev/null") is None
     command = tmp_path / "open/numactl"
     command.parent.mkdir()
     command.write_text("#!/bin/sh\n")
     command.chmod(0o755)
-    refuse_closed_folders(f"{closed}:{command.parent}")
+    assert refuse_closed_folders(f"{closed}:{command.parent}") is None
 
 
 def test_a_run_says_so_before_it_begins(closed, tmp_path, pair, shards, monkeypatch, capsys):
