@@ -12,7 +12,7 @@ EXTRAS := molmo2 or mistral3 or llava_pixtral or lfm2_vl or phi4_multimodal or 8
 # Files beside each other; tests of several ranks have the cores to themselves.
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 MODEL_TESTS := tests/unit/models
-TESTS := not gpu and not cluster$(if $(SLOW),, and not slow)
+TESTS := not gpu and not cluster and not real$(if $(SLOW),, and not slow)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
