@@ -137,7 +137,7 @@ def squeezed(text: str) -> str:
 
 
 def line_of(path: Path) -> dict[str, str]:
-    """By conversation: how it is taught, or a reason; all the same where the template is refused."""
+    """Return by conversation how it is taught, or the reason why it is not."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             encoder = ChatEncoder(write_model(Path(scratch), path.read_text("utf-8")), 1 << 20)

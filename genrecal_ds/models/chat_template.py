@@ -190,12 +190,12 @@ class ChatTemplate:
         marks = marks_of(chat)
         key = json.dumps(self._shaped(chat, marks))
         if key not in self._forms:
-            if len(self._forms) >= KEPT_FORMS:
-                self._forms.clear()
             try:
                 form: _Form | str = self._make_form(chat, marks)
             except Unusable as error:
                 form = str(error)
+            if len(self._forms) >= KEPT_FORMS:
+                self._forms.clear()
             self._forms[key] = form
         if isinstance(form := self._forms[key], str):
             raise Unusable(form)
