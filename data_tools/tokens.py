@@ -51,7 +51,7 @@ class CountedSamples:
         try:
             sample = self.reader.read(number)
             for side, encoder in self.encoders.items():
-                chat = encoder.encode(sample.messages, sample.images)
+                chat = encoder.encode(sample.messages, sample.images, last_turn=True)
                 counts[side] = len(chat.input_ids_T)
                 counts[f"{side}_visual"] = encoder.num_visual(chat)
         except BadSample:

@@ -115,14 +115,15 @@ def tokenizers(case: Case) -> None:
             vocabulary = encoder.tokenizer.get_vocab()
             rows = read_config(source.path).get_text_config().vocab_size
             end = encoder.tokenizer.convert_ids_to_tokens(encoder.end_of_turn)
-            how = "by {% generation %}" if encoder.marks_answers else "by rendering prefixes"
             kind = type(encoder.tokenizer.backend_tokenizer.model).__name__
             case.report.say(f"{side}: {type(encoder.tokenizer).__name__}, fast {kind}")
             case.report.say(
                 f"  {len(vocabulary):,} tokens, ids up to {max(vocabulary.values()):,}; "
                 f"{rows:,} embedding rows"
             )
-            case.report.say(f"  end of turn {end} (id {encoder.end_of_turn}); answers found {how}")
+            case.report.say(f"  end of turn {end} (id {encoder.end_of_turn})")
+            for line in encoder.template.described():
+                case.report.say(f"  {line}")
 
 
 def samples(case: Case) -> None:

@@ -35,7 +35,7 @@ def confidences(model: Path, samples: Sequence[Sample], answers: Sequence[str]) 
         messages = copy.deepcopy(sample.messages)
         messages[-1]["content"] = [{"type": "text", "text": answer}]
         try:
-            pairs.append(encoders.encode(messages, sample.images))
+            pairs.append(encoders.encode(messages, sample.images)[-1])
             places.append(place)
         except Unusable:
             continue

@@ -70,10 +70,10 @@ def gap(teacher: Path, student: Path, samples: Sequence[Sample]) -> dict[str, fl
     """Measure means over rows, and norms. samples: at least 2, of one turn each."""
     models = ByteModels.load(teacher, student)
     encode = models.encoders.encode
-    pairs = [encode(sample.messages, sample.images) for sample in samples]
+    pairs = [encode(sample.messages, sample.images)[0] for sample in samples]
     moved = [*samples[1:], samples[0]]
     wrong = [
-        encode([*other.messages[:-1], own.messages[-1]], other.images)
+        encode([*other.messages[:-1], own.messages[-1]], other.images)[0]
         for own, other in zip(samples, moved, strict=True)
     ]
     # The teacher reads its own question in both.

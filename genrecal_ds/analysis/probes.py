@@ -158,8 +158,8 @@ def cosines(subject: TrainedStage, pairs: list[Pair]) -> dict[str, Any]:
 def single_turns(subject: TrainedStage, reader: ShardReader, num_samples: int) -> list[Pair]:
     """Choose those of the first samples that have one turn. Raises UserError for too few."""
     samples = [reader.read(i) for i in range(min(num_samples, len(reader)))]
-    pairs = [subject.encoders.encode(sample.messages, sample.images) for sample in samples]
-    pairs = [pair for pair in pairs if len(pair.student.answers) == 1]
+    encoded = [subject.encoders.encode(sample.messages, sample.images) for sample in samples]
+    pairs = [pairs[0] for pairs in encoded if sum(len(p.student.answers) for p in pairs) == 1]
     if len(pairs) < NUM_COSINES:
         raise UserError(
             f"{reader.index.directory}: {len(pairs)} single-turn samples; the probes need "

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -46,19 +46,25 @@ def look_at(index: ShardIndex, encoders: PairEncoders, most: int) -> list[Look]:
         if isinstance(sample, BadSample):
             looks.append(Look(f"sample {number}", reason=f"damaged: {sample}"))
             continue
-        look = Look(f"sample {number}, key {sample.key}")
-        looks.append(look)
+        name = f"sample {number}, key {sample.key}"
+        look = Look(name)
         try:
             for side, encoder in encoders.by_side.items():
-                chat = encoder.encode(sample.messages, sample.images)
+                chat = encoder.encode(sample.messages, sample.images, last_turn=True)
                 look.lengths[side] = len(chat.input_ids_T)
                 look.visual[side] = encoder.num_visual(chat)
-            pair = encoders.encode(sample.messages, sample.images)
+            pairs = encoders.encode(sample.messages, sample.images)
         except Unusable as error:
             look.reason, look.ends_the_run = str(error), isinstance(error, TooLong)
+            looks.append(look)
             continue
-        look.taught = dict(zip(encoders.by_side, pair.sides, strict=True))
-        look.is_truncated = pair.is_truncated
+        for turn, pair in enumerate(pairs, 1):
+            taught = dict(zip(encoders.by_side, pair.sides, strict=True))
+            own = replace(look, taught=taught, is_truncated=pair.is_truncated)
+            if len(pairs) > 1:
+                own.name = f"{name}, turn {turn} by itself"
+                own.lengths = {side: len(chat.input_ids_T) for side, chat in taught.items()}
+            looks.append(own)
     return looks
 
 

@@ -56,17 +56,29 @@ class CachedView:
     def __init__(self, features: Features):
         self.features = features
 
-    def encode(self, messages: list, images: list) -> EncodedChat:
-        """Return the answers, each behind a single token that stands for its question."""
+    def encode(self, messages: list, images: list, last_turn: bool = False) -> EncodedChat:
+        """Return the answers, each behind a single token that stands for its question, with their
+        rows; last_turn: those of the last turn of `messages` alone."""
+        rows, tokens, lengths = self.features
+        if last_turn:
+            turn = sum(message["role"] == "assistant" for message in messages) - 1
+            start = sum(lengths[:turn]) + turn
+            end, lengths = start + 1 + lengths[turn], lengths[turn : turn + 1]
+            rows, tokens = rows[start:end], tokens[start:end]
         spans, start = [], 0
-        for length in self.features.turn_lengths:
+        for length in lengths:
             spans.append((start + 1, start + 1 + length))
             start += 1 + length
-        return EncodedChat(self.features.tokens_R, tuple(spans), {}, {})
+        return EncodedChat(tokens, tuple(spans), {}, {"rows": rows})
 
-    def with_rows(self, chat: EncodedChat) -> EncodedChat:
-        """Add the rows of the turns that the pair's rules kept."""
-        return replace(chat, vision={"rows": self.features.rows_RH[: len(chat.input_ids_T)]})
+    def rewrites(self, messages: list) -> bool:
+        """Say no: rows are of a turn, in whatever sequence the teacher read it."""
+        return False
+
+
+def kept_rows(chat: EncodedChat) -> EncodedChat:
+    """Leave out the cached rows of turns that the pair's rules left out."""
+    return replace(chat, vision={"rows": chat.vision["rows"][: len(chat.input_ids_T)]})
 
 
 class FeatureWriter:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.byte_matching import ByteMatcher
-from genrecal_ds.data.features import CachedView, Features, FeatureStore
+from genrecal_ds.data.features import CachedView, Features, FeatureStore, kept_rows
 from genrecal_ds.data.handover import packed, unpacked
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.pair import (
@@ -32,6 +32,7 @@ from genrecal_ds.data.pair import (
     TooLong,
     Unusable,
     encode_pair,
+    encode_pairs,
     first_turns,
 )
 from genrecal_ds.data.plan import PADDING, GivenSamples, StepPlan
@@ -55,9 +56,11 @@ class PairEncoders:
         teacher = {} if self.teacher is None else {"teacher": self.teacher}
         return {**teacher, "student": self.student}
 
-    def encode(self, messages: list, images: list[Image.Image], number: int = PADDING) -> Pair:
-        """number: the sample's, for those that keep something of it."""
-        return encode_pair(messages, images, self.by_side, self.too_long)
+    def encode(
+        self, messages: list, images: list[Image.Image], number: int = PADDING
+    ) -> list[Pair]:
+        """Encode a sample: one pair, or one a turn. number: for those that keep something of it."""
+        return encode_pairs(messages, images, self.by_side, self.too_long)
 
     @property
     def vision_rules(self) -> tuple[dict[str, str] | None, dict[str, str]]:
@@ -93,17 +96,17 @@ class CachedPairEncoders(PairEncoders):
     def vision_rules(self) -> tuple[dict[str, str] | None, dict[str, str]]:
         return {"rows": "rows"}, self.student.vision_rules
 
-    def encode(self, messages: list, images: list[Image.Image], number: int = PADDING) -> Pair:
+    def encode(
+        self, messages: list, images: list[Image.Image], number: int = PADDING
+    ) -> list[Pair]:
         assert self.features is not None
         stored = self.features.read(number)
         if stored is None:
             raise Unusable("left out when the teacher's rows were written")
         messages = first_turns(messages, len(stored.turn_lengths))
-        teacher = CachedView(stored)
-        encoders: dict[str, Encoder] = {"teacher": teacher, "student": self.student}
-        pair = encode_pair(messages, images, encoders, self.too_long)
-        assert pair.teacher is not None
-        return replace(pair, teacher=teacher.with_rows(pair.teacher))
+        encoders: dict[str, Encoder] = {"teacher": CachedView(stored), "student": self.student}
+        pairs = encode_pairs(messages, images, encoders, self.too_long)
+        return [replace(pair, teacher=kept_rows(pair.sides[0])) for pair in pairs]
 
     def placeholder(self) -> Pair:
         pair = super().placeholder()
@@ -112,7 +115,7 @@ class CachedPairEncoders(PairEncoders):
         length = end - start
         rows = self.empty_row_1H.expand(length + 1, -1)
         view = CachedView(Features(rows, torch.zeros(length + 1, dtype=torch.int64), (length,)))
-        return replace(pair, teacher=view.with_rows(view.encode([], [])))
+        return replace(pair, teacher=view.encode([], []))
 
 
 class PairDataset(Dataset):
@@ -136,14 +139,17 @@ class PairDataset(Dataset):
         still calls the same modules as other ranks'.
         """
         real = tuple(slot for slot in slots if slot != PADDING)
-        pairs, used, unusable, unusable_ids, unreadable = [], [], [], [], []
+        pairs: list[Pair] = []
+        used, turns_of, unusable, unusable_ids, unreadable = [], [], [], [], []
         for slot, sample in zip(real, self.reader.read_many(real), strict=True):
             if isinstance(sample, BadSample):
                 unreadable.append(str(sample))
                 continue
             try:
-                pairs.append(self.encoders.encode(sample.messages, sample.images, slot))
+                own = self.encoders.encode(sample.messages, sample.images, slot)
+                pairs += own
                 used.append(slot)
+                turns_of.append(sum(len(pair.student.answers) for pair in own))
             except TooLong as error:
                 raise UserError(
                     f"sample {slot}, key {sample.key}: {error}; raise max_length, or set "
@@ -152,10 +158,10 @@ class PairDataset(Dataset):
             except Unusable as error:
                 unusable.append(str(error))
                 unusable_ids.append(slot)
-        turns_of = tuple(len(pair.student.answers) for pair in pairs)
         return self.collate(pairs)._replace(
-            sample_ids=real, used_ids=tuple(used), turns_of=turns_of, unusable=tuple(unusable),
-            unusable_ids=tuple(unusable_ids), unreadable=tuple(unreadable),
+            num_samples=len(used), sample_ids=real, used_ids=tuple(used), turns_of=tuple(turns_of),
+            unusable=tuple(unusable), unusable_ids=tuple(unusable_ids),
+            unreadable=tuple(unreadable),
         )  # fmt: skip
 
     def collate(self, pairs: list[Pair]) -> PairBatch:

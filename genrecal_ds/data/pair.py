@@ -1,7 +1,7 @@
 """Tokenises one sample twice, for teacher and student, by rules that both sides share.
 
 Tokenisation is injected (`Encoder`), so this room knows no model. The rules that both sides
-must obey together live here: same turns, same truncation, no empty question.
+must obey together live here: same turns, same truncation, no empty question, one sequence or many.
 """
 
 import copy
@@ -39,6 +39,10 @@ class EncodedChat:
         ends = (0, *(end for _, end in self.answers))
         return tuple((end, start) for end, (start, _) in zip(ends, self.answers, strict=False))
 
+    def last_turn(self) -> "EncodedChat":
+        """Make everything before the last answer its question."""
+        return replace(self, answers=self.answers[-1:])
+
     def cut(self, num_turns: int) -> "EncodedChat":
         """Keep the first num_turns turns; vision inputs are kept whole."""
         end = self.answers[num_turns - 1][1]
@@ -59,11 +63,23 @@ class Encoder(Protocol):
     vision_rules: dict[str, str]  # how vision inputs become a batch: batch.join
     digest: str  # sha256 hex of the files that decide the tokens
 
-    def encode(self, messages: Messages, images: list[Image]) -> EncodedChat: ...
+    def encode(
+        self, messages: Messages, images: list[Image], last_turn: bool = False
+    ) -> EncodedChat:
+        """Encode every answer of a chat; last_turn: the last answer alone."""
+        ...
+
+    def rewrites(self, messages: Messages) -> bool:
+        """Whether an earlier answer is written otherwise once another turn follows."""
+        ...
 
 
 class TooLong(Unusable):
     """A conversation is longer than max_length, and the recipe says that this is an error."""
+
+
+class NothingFits(Unusable):
+    """Not even the first turn of a conversation fits in max_length."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +99,46 @@ class Pair:
 Encoders = dict[str, Encoder]  # by side: `teacher` and `student`, or `student` alone
 
 
-def encode_pair(
+def encode_pairs(
     messages: Messages, images: list[Image], encoders: Encoders, too_long: LongPolicy = "drop"
+) -> list[Pair]:
+    """Tokenise a conversation: one pair, or one a turn where a side's template rewrites turns.
+
+    A template that writes an answer otherwise once another turn follows (without its reasoning, or
+    with another end) has no single sequence in which every turn stands as generation meets it. So
+    each turn is taught in a sequence of its own, behind its history. Raises Unusable.
+    """
+    if not any(encoder.rewrites(messages) for encoder in encoders.values()):
+        return [encode_pair(messages, images, encoders, too_long)]
+    pairs: list[Pair] = []
+    num_turns = sum(message["role"] == "assistant" for message in messages)
+    for turn in range(1, num_turns + 1):
+        part = first_turns(messages, turn)
+        try:
+            pairs.append(encode_pair(part, images[: _num_images(part)], encoders, too_long, True))
+        except NothingFits:
+            if not pairs:
+                raise
+            return [*pairs[:-1], replace(pairs[-1], is_truncated=True)]  # later turns are longer
+    return pairs
+
+
+def encode_pair(
+    messages: Messages,
+    images: list[Image],
+    encoders: Encoders,
+    too_long: LongPolicy = "drop",
+    last_turn: bool = False,
 ) -> Pair:
     """Tokenise a conversation for each side: the same text, the same turns, answers whole.
 
+    last_turn: teach the last turn alone, with what stands before it as its question.
     Longer than a side's max_length: `drop` leaves out the turns that do not fit, and the sample
     when none does; `truncate_question` shortens question text first; `error` raises TooLong.
     Raises Unusable: unequal turns, an empty question, nothing fits, or an image lost to
     truncation (never on one side only).
     """
-    views = _views(messages, images, encoders)
+    views = _views(messages, images, encoders, last_turn)
     turns = len(views["student"].answers)
     if _fitting_turns(views, encoders) == turns:
         return _pair(views)
@@ -104,13 +149,13 @@ def encode_pair(
         )
         raise TooLong(f"longer than max_length: {sizes} tokens")
     if too_long == "truncate_question":
-        shorter = _shorten_questions(messages, images, encoders)
+        shorter = _shorten_questions(messages, images, encoders, last_turn)
         if shorter is not None:
             return _pair(shorter, is_truncated=True)
     num_turns = _fitting_turns(views, encoders)
     if num_turns == 0:
-        raise Unusable("longer than max_length")
-    if _has_image(_after_turns(messages, num_turns)):
+        raise NothingFits("longer than max_length")
+    if _num_images(_after_turns(messages, num_turns)):
         raise Unusable("max_length would cut an image off")
     return _pair({side: view.cut(num_turns) for side, view in views.items()}, is_truncated=True)
 
@@ -119,8 +164,12 @@ def _pair(views: dict[str, EncodedChat], is_truncated: bool = False) -> Pair:
     return Pair(views.get("teacher"), views["student"], is_truncated=is_truncated)
 
 
-def _views(messages: Messages, images: list[Image], encoders: Encoders) -> dict[str, EncodedChat]:
-    views = {side: encoder.encode(messages, images) for side, encoder in encoders.items()}
+def _views(
+    messages: Messages, images: list[Image], encoders: Encoders, last_turn: bool
+) -> dict[str, EncodedChat]:
+    views = {
+        side: encoder.encode(messages, images, last_turn) for side, encoder in encoders.items()
+    }
     if len({len(view.answers) for view in views.values()}) != 1:
         raise Unusable("teacher and student see different numbers of turns")
     if any(start == end for view in views.values() for start, end in view.questions):
@@ -137,7 +186,7 @@ def _fitting_turns(views: dict[str, EncodedChat], encoders: Encoders) -> int:
 
 
 def _shorten_questions(
-    messages: Messages, images: list[Image], encoders: Encoders
+    messages: Messages, images: list[Image], encoders: Encoders, last_turn: bool
 ) -> dict[str, EncodedChat] | None:
     """Return views that fit, the longest question texts cut at their START; None if impossible.
 
@@ -155,7 +204,7 @@ def _shorten_questions(
 
     def attempt(turn: int, number: int, text: str) -> dict[str, EncodedChat] | None:
         messages[turn]["content"][number]["text"] = text
-        views = _views(messages, images, encoders)
+        views = _views(messages, images, encoders, last_turn)
         fits = _fitting_turns(views, encoders) == len(views["student"].answers)
         return views if fits else None
 
@@ -187,8 +236,8 @@ def _after_turns(messages: Messages, num_turns: int) -> Messages:
     return []
 
 
-def _has_image(messages: Messages) -> bool:
-    return any(
+def _num_images(messages: Messages) -> int:
+    return sum(
         part["type"] == "image"
         for message in messages
         if not isinstance(message["content"], str)

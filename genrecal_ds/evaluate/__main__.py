@@ -101,7 +101,7 @@ def _facts(
 
     from genrecal_ds.models.chat import ChatEncoder
 
-    template = ChatEncoder(model, 1 << 20).template
+    template = ChatEncoder(model, 1 << 20).template.source
     config = GenerationConfig()
     if (model / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(model)

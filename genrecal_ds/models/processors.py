@@ -40,7 +40,6 @@ class TextProcessor:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.chat_template = tokenizer.chat_template
 
     def __call__(self, text: list[str], images: None = None, **options: Any):
         for option in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
@@ -56,10 +55,9 @@ class ExpandingProcessor:
 
     Nothing else of the text is changed."""
 
-    def __init__(self, processor: ProcessorMixin, template: str | None):
+    def __init__(self, processor: ProcessorMixin):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_token = processor.image_token
-        self.chat_template = processor.chat_template or template
 
     def __call__(self, text: list[str], images: list | None = None, **options: Any):
         for option in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
@@ -164,7 +162,7 @@ def load_processor(folder: str | Path) -> ProcessorMixin | TextProcessor | Expan
     processor = build_processor(model_type, tokenizer, image_settings, **named, **settings)
     family = FAMILIES.get(model_type)
     if family is not None and family.prefix_lm:
-        return ExpandingProcessor(processor, family.template)
+        return ExpandingProcessor(processor)
     return processor
 
 

@@ -42,8 +42,8 @@ class OnPolicy:
         given = [self._given(*of) for of in zip(samples, batch.used_ids, strict=True)]
         entropies = [[self.seed, step, number] for number in batch.used_ids]
         is_chosen = [
-            np.random.default_rng(e).random() < self.config.share and self._has_room(pair)
-            for e, pair in zip(entropies, given, strict=True)
+            np.random.default_rng(e).random() < self.config.share and self._has_room(pairs[-1])
+            for e, pairs in zip(entropies, given, strict=True)
         ]
         chosen = [s for s, mine in zip(samples, is_chosen, strict=True) if mine]
         generators = [
@@ -57,16 +57,18 @@ class OnPolicy:
         ))  # fmt: skip
         if not chosen:
             return batch
-        pairs = [
-            self._answered(sample, number, next(texts), pair) if mine else pair
-            for sample, number, mine, pair in zip(
+        answered = [
+            self._answered(sample, number, next(texts), pairs) if mine else pairs
+            for sample, number, mine, pairs in zip(
                 samples, batch.used_ids, is_chosen, given, strict=True
             )
         ]
-        new = self.dataset.collate(pairs)
-        kept = ("sample_ids", "used_ids", "unusable_ids", "unusable", "unreadable")
+        new = self.dataset.collate([pair for pairs in answered for pair in pairs])
+        kept = (
+            "num_samples", "sample_ids", "used_ids", "unusable_ids", "unusable", "unreadable",
+        )  # fmt: skip
         return new._replace(
-            turns_of=tuple(len(pair.student.answers) for pair in pairs),
+            turns_of=tuple(sum(len(p.student.answers) for p in pairs) for pairs in answered),
             **{name: getattr(batch, name) for name in kept},
         )
 
@@ -76,7 +78,7 @@ class OnPolicy:
         assert isinstance(encoder, ChatEncoder)
         return encoder
 
-    def _given(self, sample: Sample, number: int) -> Pair:
+    def _given(self, sample: Sample, number: int) -> list[Pair]:
         return self.dataset.encoders.encode(sample.messages, sample.images, number)
 
     def _has_room(self, pair: Pair) -> bool:
@@ -86,7 +88,7 @@ class OnPolicy:
             start + self.config.max_new_tokens <= self._encoder.max_length
         )
 
-    def _answered(self, sample: Sample, number: int, text: str, given: Pair) -> Pair:
+    def _answered(self, sample: Sample, number: int, text: str, given: list[Pair]) -> list[Pair]:
         """Encode the sample with `text` as its last answer; return `given` if that is unusable."""
         messages = _with_answer(sample.messages, text)
         try:

@@ -73,7 +73,7 @@ def reference_gradients(recipe_path, result):
     reader = ShardReader(index)
     slots = [s for micro in steps_of(index)[1] for s in micro if s != PADDING]
     samples = [reader.read(slot) for slot in slots]
-    pairs = [encoders.encode(sample.messages, sample.images) for sample in samples]
+    pairs = [pair for s in samples for pair in encoders.encode(s.messages, s.images)]
     assert {len(sample.images) for sample in samples} == {0, 1}
     assert (
         len({len(p.teacher.input_ids_T if p.teacher else p.student.input_ids_T) for p in pairs}) > 3

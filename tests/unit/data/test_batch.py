@@ -105,7 +105,7 @@ class Fixed:
     def __init__(self, view, max_length=100):
         self.view, self.max_length = view, max_length
 
-    def encode(self, messages, images):
+    def encode(self, messages, images, last_turn=False):
         return self.view
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from genrecal_ds.data import features
-from genrecal_ds.data.features import CachedView, Features, FeatureStore, FeatureWriter
+from genrecal_ds.data.features import (
+    CachedView,
+    Features,
+    FeatureStore,
+    FeatureWriter,
+    kept_rows,
+)
 from genrecal_ds.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -168,6 +174,16 @@ def test_a_view_stands_each_turn_behind_one_token():
     found = sample(1, 2, 3)
     chat = CachedView(found).encode([], [])
     assert chat.answers == ((1, 3), (4, 7)) and chat.questions == ((0, 1), (3, 4))
-    cut = CachedView(found).with_rows(chat.cut(1))
+    cut = kept_rows(chat.cut(1))
     assert len(cut.input_ids_T) == len(cut.vision["rows"]) == 3
     assert np.array_equal(cut.input_ids_T, found.tokens_R[:3])
+
+
+def test_a_view_of_the_last_turn_alone_has_its_rows_alone():
+    found = sample(1, 2, 3)
+    turns = [{"role": role} for role in ("user", "assistant", "user", "assistant")]
+    first, second = (CachedView(found).encode(turns[:n], [], last_turn=True) for n in (2, 4))
+    assert first.answers == ((1, 3),) and second.answers == ((1, 4),)
+    assert np.array_equal(first.vision["rows"], found.rows_RH[:3])
+    assert np.array_equal(second.vision["rows"], found.rows_RH[3:])
+    assert np.array_equal(second.input_ids_T, found.tokens_R[3:])

@@ -25,7 +25,10 @@ class Letters:
     vision_rules = {"pixels": "rows"}
     digest = "letters"
 
-    def encode(self, messages, images):
+    def rewrites(self, messages: list) -> bool:
+        return False
+
+    def encode(self, messages, images, last_turn=False):
         ids, answers = [], []
         for message in messages:
             text = message["content"][-1]["text"]

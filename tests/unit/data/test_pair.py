@@ -20,7 +20,10 @@ class Letters:
     def __init__(self, max_length: int, per_letter: int = 1) -> None:
         self.max_length, self.per_letter = max_length, per_letter
 
-    def encode(self, messages: list, images: list) -> EncodedChat:
+    def rewrites(self, messages: list) -> bool:
+        return False
+
+    def encode(self, messages: list, images: list, last_turn: bool = False) -> EncodedChat:
         ids: list[int] = []
         answers = []
         for message in messages:

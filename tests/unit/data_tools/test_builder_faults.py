@@ -52,7 +52,10 @@ class Letters:
     vision_rules = {"pixels": "rows"}
     digest = "letters"
 
-    def encode(self, messages: list, images: list) -> EncodedChat:
+    def rewrites(self, messages: list) -> bool:
+        return False
+
+    def encode(self, messages: list, images: list, last_turn: bool = False) -> EncodedChat:
         ids, answers = [], []
         for message in messages:
             start = len(ids)
@@ -362,7 +365,7 @@ def test_case_13_more_ranks_and_workers_than_shards(
 
 
 class TooLongFor(Letters):
-    def encode(self, messages: list, images: list) -> EncodedChat:
+    def encode(self, messages: list, images: list, last_turn: bool = False) -> EncodedChat:
         raise Unusable("longer than max_length")
 
 
@@ -394,7 +397,7 @@ class Dies(Letters):
     def __init__(self, how: str) -> None:
         self.how, self.parent = how, os.getpid()
 
-    def encode(self, messages: list, images: list) -> EncodedChat:
+    def encode(self, messages: list, images: list, last_turn: bool = False) -> EncodedChat:
         if "question 010" in messages[0]["content"][-1]["text"] and os.getpid() != self.parent:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -88,7 +88,7 @@ def test_products_with_the_heads(name, tmp_path, pair, shards):
         objective.teacher_head = SeenHead(objective.teacher_head)
     reader = ShardReader(ShardIndex.load(shards / "train"))
     samples = [reader.read(i) for i in range(8)]
-    pairs = [encoders.encode(s.messages, s.images) for s in samples]
+    pairs = [pair for s in samples for pair in encoders.encode(s.messages, s.images)]
     rules = encoders.vision_rules
     batch = collate(pairs, encoders.placeholder(), rules, stage.has_regular, matcher)
     rows, student_rows = None, len(batch.student.rows_M)

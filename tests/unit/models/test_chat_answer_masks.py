@@ -69,7 +69,9 @@ def with_offsets(tokenizer, text):
 
 def reference(of: ChatEncoder, messages) -> Reference:
     def render(chat):
-        return of.tokenizer.apply_chat_template(chat, chat_template=of.template, tokenize=False)
+        return of.tokenizer.apply_chat_template(
+            chat, chat_template=of.template.source, tokenize=False
+        )
 
     given, marked = [], []
     for message in messages:

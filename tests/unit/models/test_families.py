@@ -75,7 +75,7 @@ def test_batch_equals_single_samples_through_the_full_model(folders, family):
     samples = [(chat("what digit is this ?", 1), [Image.new("RGB", (64, 32), (9, 99, 200))]),
                (chat("where ?", 1), [Image.new("RGB", (32, 32), (250, 9, 9))]),
                (chat("what is 3 plus 4 ?", 0), [])]  # fmt: skip
-    pairs = [encoders.encode(messages, images) for messages, images in samples]
+    pairs = [pair for sample in samples for pair in encoders.encode(*sample)]
     batch = collate(pairs, encoders.placeholder(), encoders.vision_rules, False).student
     vlm = VLM.from_config(folder, torch.float32).eval()
     load_full(vlm.model, folder)

@@ -53,7 +53,7 @@ def most_turns(*folders):
 def encode(folder, color=GREEN):
     encoders = PairEncoders(ChatEncoder(folder, 2000))
     asked = samples(reads_images(folder), color, most_turns(folder))
-    pairs = [encoders.encode(*sample) for sample in asked]
+    pairs = [pair for sample in asked for pair in encoders.encode(*sample)]
     return pairs, collate(pairs, encoders.placeholder(), encoders.vision_rules, False).student
 
 
@@ -134,7 +134,7 @@ def test_one_forward_over_micro_batches_gives_each_its_own_rows(row, zoo):
     folder = zoo(row)
     encoders = PairEncoders(ChatEncoder(zoo("internvl"), 2000), ChatEncoder(folder, 2000))
     asked = samples(reads_images(folder), turns=most_turns(folder))
-    pairs = [encoders.encode(*sample) for sample in asked]
+    pairs = [pair for sample in asked for pair in encoders.encode(*sample)]
     batches = [
         collate(group, encoders.placeholder(), encoders.vision_rules, True)
         for group in (pairs[:1], pairs[-1:], pairs[1:-1] or pairs)

@@ -45,7 +45,7 @@ def stage(teacher: Path, student: Path, trains_student: bool, pack: bool = False
     encoders = PairEncoders(ChatEncoder(student, 2000), ChatEncoder(teacher, 2000))
     sees = all(reads_images(folder) for folder in (teacher, student))
     asked = samples(sees, turns=most_turns(teacher, student))
-    pairs = [encoders.encode(*sample) for sample in asked]
+    pairs = [pair for sample in asked for pair in encoders.encode(*sample)]
     batch = collate(pairs, encoders.placeholder(), encoders.vision_rules, not trains_student)
     body, model = TeacherBody(load_vlm(teacher, pack=pack)), load_vlm(student, pack=pack)
     read = batch.teacher

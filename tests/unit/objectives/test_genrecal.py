@@ -39,7 +39,7 @@ class Setting:
         )
         reader = ShardReader(ShardIndex.load(shards / "train"))
         samples = [reader.read(i) for i in range(8)]
-        self.pairs = [self.encoders.encode(s.messages, s.images) for s in samples]
+        self.pairs = [pair for s in samples for pair in self.encoders.encode(s.messages, s.images)]
 
     def batch(self, pairs=None, with_regular=False):
         placeholder = self.encoders.placeholder()

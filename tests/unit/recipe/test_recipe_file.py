@@ -164,7 +164,7 @@ def test_command_exits_2_with_one_line(tmp_path, pair, shards, capsys):
         for file in (pair / "student_init").iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
     template = (no_end / "chat_template.jinja").read_text()
-    (no_end / "chat_template.jinja").write_text(template.replace("<end>", ""))
+    (no_end / "chat_template.jinja").write_text(template.replace("<end>", "</image>"))
     (no_answers / "chat_template.jinja").write_text("{{ messages | length }}")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -174,8 +174,11 @@ def test_command_exits_2_with_one_line(tmp_path, pair, shards, capsys):
         ({}, "error: student.path: s has no config.json"),
         ({**real, "data": {"train": "nowhere"}}, "data.train: nowhere has no manifest.json"),
         ({**real, "batch": {"global_batch": 7, "micro_batch": 2}}, "sizes that are: 6, 8, 10"),
-        ({**real, "student": {"path": str(no_end)}}, "writes no end-of-turn"),
-        ({**real, "student": {"path": str(no_answers)}}, "cannot find answers"),
+        ({**real, "student": {"path": str(no_end)}}, "ends an answer with </image>"),
+        (
+            {**real, "student": {"path": str(no_answers)}},
+            "no chat can be taught by its chat template",
+        ),
         ({**real, "data": {"train": str(empty)}}, "shards is empty"),
     ]
     from launch.train import main
