@@ -52,7 +52,7 @@ def conversations(*turns):
 
 def student_batch(folder: Path, messages):
     encoders = PairEncoders(ChatEncoder(folder, 4000))
-    pairs = [encoders.encode(chat, []) for chat in messages]
+    pairs = [pair for chat in messages for pair in encoders.encode(chat, [])]
     return pairs, collate(pairs, encoders.placeholder(), encoders.vision_rules, False).student
 
 
@@ -110,7 +110,7 @@ class Beside:
         encoders = PairEncoders(ChatEncoder(folder, 1000), ChatEncoder(teacher, 1000))
         pieces = (token_bytes(e.tokenizer, e.folder) for e in (encoders.teacher, encoders.student))
         matcher = ByteMatcher(*pieces)
-        pairs = [encoders.encode(chat, []) for chat in conversations(*TURNS)]
+        pairs = [pair for chat in conversations(*TURNS) for pair in encoders.encode(chat, [])]
         body, batches, rows = TeacherBody(load_vlm(teacher)), {}, {}
         for regular in (False, True):
             batch = collate(pairs, encoders.placeholder(), encoders.vision_rules, regular, matcher)
