@@ -1,6 +1,6 @@
-"""Writes what `make real` found: held-out bits per byte, the teacher's KL, three bodies beside each.
+"""Writes what `make real` found: held-out bits per byte, the teacher's KL, three bodies.
 
-    python -m launch.real.report runs/real --seeds 1 2 3
+    python -m launch.real.report runs/real/steps120 --seeds 1 2 3
 
 Reads seedN/bits.json of genrecal_ds.analysis.bits; writes report.json and report.md.
 """
@@ -18,10 +18,12 @@ from genrecal_ds.console.command import command
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.evaluate.generate import Generator
+from launch.real.releases import FOLDER
 
 ARMS = {"SFT": "sft", "byte KL": "byte_kd", "GenRecal": "genrecal"}
 CONTROL = "SFT"
-STUDENT, TEACHER = "models/smollm2_135m", "models/qwen2_5_coder_0_5b"
+MODELS = FOLDER / "models"
+STUDENT, TEACHER = MODELS / "smollm2_135m", MODELS / "qwen2_5_coder_0_5b"
 NUM_BODIES, BODY_TOKENS = 3, 96
 MEASURES = {"bits_per_byte": "bits per byte", "teacher_kl": "teacher's KL, bits per byte"}
 
@@ -31,7 +33,7 @@ def numbers(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     by_seed = {seed: json.loads((folder / f"seed{seed}/bits.json").read_text()) for seed in seeds}
     first = by_seed[seeds[0]]
-    start = first[str(folder / STUDENT)]
+    start = first[str(STUDENT)]
     for name, values in (("teacher", first["teacher"]), ("student, before", start)):
         found[name] = {measure: [values[measure]] for measure in MEASURES}
     for arm, run in ARMS.items():
@@ -74,9 +76,9 @@ def bodies(folder: Path, seed: int) -> list[dict[str, str]]:
     reader = ShardReader(ShardIndex.load(folder / "data/heldout"))
     samples = [reader.read(number) for number in range(NUM_BODIES)]
     found = [{"question": _text(s.messages[-2]), "written": _text(s.messages[-1])} for s in samples]
-    students = {arm: f"seed{seed}/{run}/second/student" for arm, run in ARMS.items()}
-    for name, place in {"teacher": TEACHER, "student, before": STUDENT, **students}.items():
-        generator = Generator(folder / place, max_new_tokens=BODY_TOKENS)
+    students = {arm: folder / f"seed{seed}/{run}/second/student" for arm, run in ARMS.items()}
+    for name, model in {"teacher": TEACHER, "student, before": STUDENT, **students}.items():
+        generator = Generator(model, max_new_tokens=BODY_TOKENS)
         (answers,) = generator.answers(samples, len(samples))
         for body, answer in zip(found, answers, strict=True):
             body[name] = answer
