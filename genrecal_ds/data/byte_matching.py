@@ -83,7 +83,7 @@ def match_bytes(teacher: Pieces, student: Pieces) -> NextBytes:
 
 
 def _text(pieces: Pieces) -> bytes:
-    return b"".join(piece for piece in pieces if piece)
+    return b"".join(filter(None, pieces))
 
 
 def _num_blanks(text: bytes) -> int:

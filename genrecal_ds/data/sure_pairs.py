@@ -7,8 +7,8 @@ every way to fill the gaps that makes the texts equal. If there is no such way, 
 
 from typing import NamedTuple
 
-# Bits of the table of a search between the first gap and the last: 8 MB, a tenth of a second. More
-# than that, as 8,192 characters on either side have, is left unpaired.
+# Bits of the table of a search between the first gap and the last: 8 MB, a tenth of a second, for
+# 8,192 characters on either side. What would need a larger one is left unpaired.
 MOST_CELLS = 1 << 26
 # Elements beside single characters: exactly one unseen character, and any number of them.
 ONE, ANY = "one", "any"
@@ -31,31 +31,32 @@ def sure_pairs(a: Seen, b: Seen) -> list[tuple[int, int]]:
     Before the first gap and behind the last there is one way only, whatever the texts' lengths.
     """
     sides = a, b
-    # A gap among the blanks around the text may be a blank, or not.
-    is_open_start = any(place <= _num_blanks(side) for side in sides for place in side.gaps)
-    is_open_end = any(place >= _end(side) for side in sides for place in side.gaps)
-    starts = [0 if is_open_start else _num_blanks(side) for side in sides]
-    ends = [max(start, _end(side)) for start, side in zip(starts, sides, strict=True)]
+    # Before the text begins, and behind its end, there are but blanks.
+    begins = [len(side.characters) - len(side.characters.lstrip()) for side in sides]
+    stops = [len(side.characters.rstrip()) for side in sides]
+    # A gap among those may be a blank, or not.
+    is_open_start = any(min(s.gaps, default=n + 1) <= n for s, n in zip(sides, begins, strict=True))
+    is_open_end = any(max(s.gaps, default=-1) >= n for s, n in zip(sides, stops, strict=True))
+    starts = [0, 0] if is_open_start else begins
+    ends = [max(start, stop) for start, stop in zip(starts, stops, strict=True)]
     if is_open_end or a.characters[ends[0] :] == b.characters[ends[1] :]:
         ends = [len(side.characters) for side in sides]
-    # As far as neither side has a gap, nor a blank that need not be there.
-    firsts = [min([*side.gaps, _end(side) if is_open_end else end])
-              for side, end in zip(sides, ends, strict=True)]  # fmt: skip
-    lasts = [max([*side.gaps, _num_blanks(side) if is_open_start else start])
-             for side, start in zip(sides, starts, strict=True)]  # fmt: skip
-    head = max(0, min(f - s for f, s in zip(firsts, starts, strict=True)))
-    tail = max(0, min(e - last for e, last in zip(ends, lasts, strict=True)))
-    head, tail = 0 if is_open_start else head, 0 if is_open_end else tail
-    if not (a.gaps or b.gaps):
-        tail = 0  # the head is all
+    head = tail = 0  # characters before the first gap of either side, and behind the last
+    if not is_open_start:
+        limits = stops if is_open_end else ends
+        firsts = [min([*s.gaps, limit]) for s, limit in zip(sides, limits, strict=True)]
+        head = max(0, min(first - start for first, start in zip(firsts, starts, strict=True)))
+    if not is_open_end and (a.gaps or b.gaps):
+        limits = begins if is_open_start else starts
+        lasts = [max([*s.gaps, limit]) for s, limit in zip(sides, limits, strict=True)]
+        tail = max(0, min(end - last for end, last in zip(ends, lasts, strict=True)))
     i, j = (start + head for start in starts)
     i_end, j_end = (end - tail for end in ends)
-    if (
-        i > i_end
-        or j > j_end
-        or a.characters[starts[0] : i] != b.characters[starts[1] : j]
-        or a.characters[i_end : ends[0]] != b.characters[j_end : ends[1]]
-    ):
+    is_equal = (
+        a.characters[starts[0] : i] == b.characters[starts[1] : j]
+        and a.characters[i_end : ends[0]] == b.characters[j_end : ends[1]]
+    )
+    if i > i_end or j > j_end or not is_equal:
         return []
     between = _between((a, i, i_end), (b, j, j_end), is_open_start, is_open_end)
     if between is None:
@@ -63,16 +64,6 @@ def sure_pairs(a: Seen, b: Seen) -> list[tuple[int, int]]:
     before = zip(range(starts[0], i), range(starts[1], j), strict=True)
     behind = zip(range(i_end, ends[0]), range(j_end, ends[1]), strict=True)
     return [*before, *between, *behind]
-
-
-def _num_blanks(side: Seen) -> int:
-    """Count the blanks in front."""
-    return len(side.characters) - len(side.characters.lstrip())
-
-
-def _end(side: Seen) -> int:
-    """Find the end of what is before the blanks at the end."""
-    return len(side.characters.rstrip())
 
 
 def _between(
