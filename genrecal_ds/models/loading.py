@@ -76,7 +76,10 @@ def stores_own_head(model: PreTrainedModel, folder: str | Path) -> bool:
     is_tied = any(_tied_names(model).values())
     if not is_tied or not has_safetensors(folder):
         return False
-    with torch.device("cpu"):  # a skeleton is built on meta, where nothing can be compared
+    # A skeleton is built under torch.device("meta"), where nothing can be compared. A
+    # torch.device inside zero.Init would break every later one: torch remembers, at the first,
+    # which functions make tensors, and zero.Init has replaced those.
+    with torch._C.DisableTorchFunction():
         return _two_of_one(model, _stored(model, Checkpoint(folder))) is not None
 
 
@@ -176,7 +179,7 @@ ROWS_OF_A_TENSOR = 2**40  # more than any has: tells rows of one stored tensor f
 def _row_numbers(number: int, shape: tuple[int, ...]) -> Tensor:
     """Replace a stored tensor by the numbers of its rows, to see where the rows go."""
     rows = shape if len(shape) == 1 else (*shape[:-1], 1)
-    return torch.arange(math.prod(rows)).view(rows) + number * ROWS_OF_A_TENSOR
+    return torch.arange(math.prod(rows), device="cpu").view(rows) + number * ROWS_OF_A_TENSOR
 
 
 def _followed(checkpoint: Checkpoint, names: list[str], name: str, rows: Tensor) -> Source:

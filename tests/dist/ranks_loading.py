@@ -31,7 +31,8 @@ def check(folder: str, precision: str) -> None:
 
     family = auto_class(read_config(folder))
     expected = family.from_pretrained(folder, dtype=DTYPES[precision])
-    truth = dict(expected.named_parameters())
+    truth = dict(expected.named_parameters())  # a tied pair once: ties are the same
+    assert dict(vlm.model.named_parameters()).keys() == truth.keys()
     total = 0
     for name, parameter in vlm.model.named_parameters():
         total += parameter.ds_numel

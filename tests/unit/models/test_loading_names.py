@@ -10,6 +10,7 @@ from torch import nn
 from genrecal_ds.errors import UserError
 from genrecal_ds.models import loading
 from genrecal_ds.models.loading import load_full
+from genrecal_ds.models.saving import write_student
 from genrecal_ds.models.vlm import VLM, load_vlm, plain_model
 
 pytestmark = pytest.mark.unit
@@ -105,6 +106,8 @@ def test_stored_buffers_are_loaded(zoo, tmp_path):
     assert model.model.counting.seen == 7
     load_full(model, zoo("llama"))  # without one: the class's own value stays
     assert model.model.counting.seen == 7
+    write_student(model, dict(model.named_parameters()), folder, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.counting.seen"] == 7
 
 
 def test_a_model_that_does_not_hold_what_was_stored(zoo, monkeypatch):
