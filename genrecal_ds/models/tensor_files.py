@@ -17,8 +17,11 @@ _CHUNK = 2**24  # elements compared at a time
 
 
 def has_safetensors(folder: str | Path) -> bool:
-    """Whether a folder has weights that Checkpoint reads; a config alone can be planned with."""
-    return any((Path(folder) / name).is_file() for name in (_SINGLE, _INDEX))
+    """Whether a folder has weights that Checkpoint reads; config and index can be planned with."""
+    path = Path(folder)
+    return (path / _SINGLE).is_file() or (
+        (path / _INDEX).is_file() and any(path.glob("*.safetensors"))
+    )
 
 
 class Checkpoint:
@@ -183,5 +186,5 @@ def _names_in(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path}: not a whole safetensors file ({error}); download it again"
+            f"{path}: not a whole safetensors file: {error}; take all its files from one release"
         ) from None

@@ -301,7 +301,8 @@ def plain_model(folder: str | Path) -> PreTrainedModel:
         attn_implementation=FAMILIES[config.model_type].attention,
         trust_remote_code=is_allowed(folder),
     )
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not is_tied:
         untie(model.config)
     return model
 

@@ -1,6 +1,7 @@
 """A folder's files against their index: what is missing, torn or double is named in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.tensor_files import Checkpoint, FlatRun, Source, are_equal, has_safetensors
-from genrecal_ds.models.vlm import plain_model
+from genrecal_ds.models.vlm import plain_model, skeleton
 
 pytestmark = pytest.mark.unit
 FILES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -44,13 +45,20 @@ def test_a_file_that_the_index_names_is_missing(sharded):
         Checkpoint(sharded)
 
 
+def test_config_and_index_alone_can_be_planned_with(zoo, tmp_path):
+    shutil.copy(zoo("qwen2") / "config.json", tmp_path)
+    assert not has_safetensors(tmp_path) and skeleton(tmp_path).is_tied
+    write(tmp_path, {}, {"model.embed_tokens.weight": FILES[0]})
+    assert not has_safetensors(tmp_path) and skeleton(tmp_path).is_tied
+
+
 def test_a_torn_file_and_a_pointer_in_its_place(sharded):
     path = sharded / FILES[1]
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match=f"{FILES[1]}: not a whole safetensors file .*; download"):
+    with pytest.raises(UserError, match=f"{FILES[1]}: not a whole safetensors file: .*; take all"):
         Checkpoint(sharded)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n")
-    with pytest.raises(UserError, match=f"{FILES[1]}: not a whole safetensors file .*; download"):
+    with pytest.raises(UserError, match=f"{FILES[1]}: not a whole safetensors file: .*; take all"):
         Checkpoint(sharded)
 
 
