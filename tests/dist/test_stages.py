@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.vlm import component_of
+from genrecal_ds.models.vlm import component_of, read_config
 from tests.fixtures import ROOT, environment, recipe_tree, run_ranks, write_recipe
+from tests.unit.models.test_loading_ties import another, with_head
 
 pytestmark = pytest.mark.dist
 
+LANGUAGE = "model.language_model."
 TRAINS = {
     "align": set(),
     "distill": {"layers", "norm"},
@@ -35,14 +37,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
 
 
-@pytest.mark.parametrize("student", ["student_init", "student_untied"])
+@pytest.mark.parametrize("student", ["student_init", "student_untied", "student_own_head"])
 def test_exactly_the_papers_parameters_change(tmp_path, pair, shards, student):
-    """After 3 steps of each stage; every one starts from the same folder."""
+    """After 3 steps of each stage; every one starts from the same folder.
+
+    The last student's config says tied, and its files have a head that differs.
+    """
+    if student == "student_own_head" and not (pair / student).exists():
+        with_head(pair / "student_init", pair / student, another)
     stages = [{"kind": kind, "steps": 3, "student": str(pair / student)} for kind in TRAINS]
     tree = recipe_tree(tmp_path, pair, shards, student, stages=stages)
     run_ranks(ROOT / "launch/train.py", [write_recipe(tmp_path / "r.yaml", **tree)])
     before = weights(pair / student)
+    is_tied = torch.equal(before["lm_head.weight"], before[f"{LANGUAGE}embed_tokens.weight"])
+    assert is_tied == (student == "student_init")
     for kind, trains in TRAINS.items():
+        assert read_config(tmp_path / "run" / kind / "student").tie_word_embeddings == is_tied
         after = weights(tmp_path / "run" / kind / "student")
         assert after.keys() == before.keys()
         changed, same = set(), set()
