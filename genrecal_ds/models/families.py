@@ -141,6 +141,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": _GEMMA_TEXT,
     "gemma2": _GEMMA_TEXT,
+    "gemma3_text": _GEMMA_TEXT,
     "internlm3": _TEXT,
     "llama": _TEXT,
     "mistral": _TEXT,
