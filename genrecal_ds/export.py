@@ -37,7 +37,11 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     state = model.state_dict()
     for name, value in consolidate(path).items():
         if name.startswith(_PREFIX):
-            state[name.removeprefix(_PREFIX)] = value.to(model.dtype)
+            name = name.removeprefix(_PREFIX)
+            if name in state:
+                state[name].copy_(value)  # in place: a tied head follows its embedding
+            else:
+                state[name] = value.to(model.dtype)
     if manifest.get("adapter_scale"):
         state = merged(state, manifest["adapter_scale"])
     write_student(model, state, source, folder)

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 from genrecal_ds.console.command import command_of_ranks
 from genrecal_ds.console.redact import redact_output
+from genrecal_ds.console.warn_once import warn_once
 from launch.arguments import train_arguments
 from launch.checks import check_torch, read_recipe
 from launch.ranks import ranks_of_slurm, start_over_hosts
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dry_run(recipe)
         return 0
     redact_output()  # before the heavy imports: their loggers keep the first streams
+    warn_once()
     from genrecal_ds.training.start import train
 
     train(recipe, arguments.stage, arguments.cache_only)

@@ -3,28 +3,31 @@
 At a boundary between two bytes that both token sequences have, both models have read the same text.
 The paper needs no such matching. byte_kd does (docs/method.md, "Beyond the paper").
 
-A token's piece is the bytes that the token stands for, or None for a special token. The pieces of a
-turn spell its answer. Some tokenizers add blanks in front, normalise Unicode or change case.
-Boundaries inside altered text are left unmatched, and so is every boundary that is not sure.
+A token's piece is the bytes that the token stands for: none (UNKNOWN) for text that its vocabulary
+lacks, None for a special token. The pieces of a turn spell its answer. Some tokenizers add blanks
+in front, normalise Unicode or change case. Boundaries inside altered text are left unmatched, and
+so is every boundary that is not sure (data/sure_pairs.py). Beside an unknown token, a boundary is
+the one behind it.
 
 Shapes: n teacher tokens and m student tokens of one turn's answer, U bytes of the student's answer,
 I shared boundaries.
 """
 
 import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import numpy as np
 
 from genrecal_ds.data.pair import Pair
+from genrecal_ds.data.sure_pairs import Seen, sure_pairs
 
 Piece = bytes | None
 Pieces = Sequence[Piece]  # of a vocabulary: token id -> its piece
+UNKNOWN = b""  # stands for at least one character
 UNMATCHED = -1
 
 
@@ -69,9 +72,8 @@ class ByteMatcher:
 def match_bytes(teacher: Pieces, student: Pieces) -> NextBytes:
     """Match one turn's pieces by bytes. The last entry is always the two end-of-turn tokens."""
     ends_n, ends_m = _ends(teacher), _ends(student)
-    teacher_of_U = _shared(_text(teacher), _text(student))[:-1]
+    teacher_of_U = _shared(teacher[:-1], student[:-1])
     at_I = np.flatnonzero(teacher_of_U >= 0)
-    at_I = at_I[teacher_of_U[at_I] < ends_n[-1]]
     student_I, student_depth_I = _token_behind(ends_m, at_I)
     teacher_I, teacher_depth_I = _token_behind(ends_n, teacher_of_U[at_I])
     return NextBytes(
@@ -81,7 +83,7 @@ def match_bytes(teacher: Pieces, student: Pieces) -> NextBytes:
 
 
 def _text(pieces: Pieces) -> bytes:
-    return b"".join(piece for piece in pieces if piece)
+    return b"".join(filter(None, pieces))
 
 
 def _num_blanks(text: bytes) -> int:
@@ -101,62 +103,48 @@ def _token_behind(ends: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndar
     return token, at - starts
 
 
-def _shared(of: bytes, boundaries: bytes) -> np.ndarray:
-    """int64 [len(boundaries) + 1]: the same boundary in `of`, or UNMATCHED. Increasing."""
-    blanks, own_blanks = map(_num_blanks, (of, boundaries))
-    if of[blanks:] == boundaries[own_blanks:]:
-        matched = np.arange(len(boundaries) + 1, dtype=np.int64) - own_blanks + blanks
+def _shared(of: Pieces, boundaries: Pieces) -> np.ndarray:
+    """int64 [bytes of `boundaries`]: the same boundary in `of`, or UNMATCHED. Increasing."""
+    text, own_text = _text(of), _text(boundaries)
+    blanks, own_blanks = map(_num_blanks, (text, own_text))
+    is_whole = UNKNOWN not in of and UNKNOWN not in boundaries
+    if is_whole and text[blanks:] == own_text[own_blanks:]:
+        matched = np.arange(len(own_text), dtype=np.int64) - own_blanks + blanks
         if blanks != own_blanks:
             matched[:own_blanks] = UNMATCHED
         return matched
     return _shared_normalised(of, boundaries)
 
 
-def _shared_normalised(of: bytes, boundaries: bytes) -> np.ndarray:
+def _shared_normalised(of: Pieces, boundaries: Pieces) -> np.ndarray:
     """Do what _shared does where the bytes differ: compare the texts without their differences."""
-    texts, places = zip(*(_normalised(text) for text in (of, boundaries)), strict=True)
-    length, own_length = map(len, texts)
-    prefix = suffix = 0
-    if texts[0] == texts[1]:
-        prefix = own_length
-    else:  # a token for text that its vocabulary lacks, most likely: up to there, and from there
-        shorter = min(length, own_length)
-        while prefix < shorter and texts[0][prefix] == texts[1][prefix]:
-            prefix += 1
-        while suffix < shorter - prefix and texts[0][-1 - suffix] == texts[1][-1 - suffix]:
-            suffix += 1
-    pairs = set()
-    by_place = {place: boundary for boundary, place in enumerate(places[0]) if place >= 0}
-    for boundary, place in enumerate(places[1]):
-        if 0 <= place <= prefix and place in by_place:
-            pairs.add((boundary, by_place[place]))
-        moved = place - own_length + length
-        if suffix and place >= own_length - suffix and moved in by_place:
-            pairs.add((boundary, by_place[moved]))
-    # Where one side has no bytes for a text, one boundary of it is before and behind that text.
-    times, own_times = (Counter(side) for side in ([p[1] for p in pairs], [p[0] for p in pairs]))
-    matched = np.full(len(boundaries) + 1, UNMATCHED, np.int64)
-    for boundary, other in pairs:
-        if times[other] == own_times[boundary] == 1:
-            matched[boundary] = other
+    (seen, starts), (own_seen, own_starts) = map(_normalised, (of, boundaries))
+    matched = np.full(len(_text(boundaries)), UNMATCHED, np.int64)
+    for place, own_place in sure_pairs(seen, own_seen):
+        if place in starts and own_place in own_starts:
+            matched[own_starts[own_place]] = starts[place]
     return matched
 
 
-def _normalised(text: bytes) -> tuple[str, list[int]]:
-    """(the text decomposed, case folded, without blanks in front; each boundary's place in it).
+def _normalised(pieces: Pieces) -> tuple[Seen, dict[int, int]]:
+    """(the text decomposed and case folded; {place in it where a character starts: boundary}).
 
-    UNMATCHED for boundaries inside a character and inside the blanks.
+    A special token stands for no text, or for its own name where an answer spells that.
     """
-    characters = text.decode("utf-8", "surrogateescape")
-    blanks = _num_blanks(text)
     parts: list[str] = []
-    places, place = [UNMATCHED] * blanks + [0], 0
-    for character in characters[blanks:]:
-        size = len(character.encode("utf-8", "surrogateescape"))
-        parts.append(_folded(character))
-        place += len(parts[-1])
-        places += [UNMATCHED] * (size - 1) + [place]
-    return "".join(parts), places
+    starts: dict[int, int] = {}
+    gaps: dict[int, int] = {}
+    place = boundary = 0
+    for is_seen, run in groupby(pieces, bool):
+        if not is_seen:
+            gaps[place] = sum(piece is not None for piece in run)
+            continue
+        for character in _text(list(run)).decode("utf-8", "surrogateescape"):
+            starts[place] = boundary
+            parts.append(_folded(character))
+            place += len(parts[-1])
+            boundary += len(character.encode("utf-8", "surrogateescape"))
+    return Seen("".join(parts), gaps), starts
 
 
 @lru_cache(maxsize=100_000)

@@ -53,7 +53,7 @@ class Generator:
             **inputs,
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.encoder.end_of_turn,
+            eos_token_id=sorted(self.encoder.stops),
             pad_token_id=self.encoder.end_of_turn,
         )
         new = tokens[:, inputs["input_ids"].shape[1] :]

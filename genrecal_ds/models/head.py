@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from genrecal_ds.models.loading import Checkpoint, Source, find_sources
+from genrecal_ds.models.loading import find_sources
+from genrecal_ds.models.tensor_files import Checkpoint, Source
 from genrecal_ds.models.vlm import logit_transform, read_config, skeleton
 from genrecal_ds.ops.gemm import project_, wide
 from genrecal_ds.ops.head_loss import Head, HeadLoss, head_loss

@@ -1,108 +1,31 @@
-"""Reads a folder's safetensors: one tensor, or only the rows that a rank owns."""
+"""Finds where each parameter of a model lies in a folder's files, and fills whole models.
+
+A stored tensor is never thrown away: each fills a parameter, or equals, element by element, the
+one that does, or is of those that transformers itself leaves out.
+"""
 
 import copy
 import itertools
-import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from genrecal_ds.errors import UserError
+from genrecal_ds.models.tensor_files import (
+    Checkpoint,
+    FlatRun,
+    Source,
+    are_equal,
+    has_safetensors,
+)
 
-
-class Checkpoint:
-    """The tensors of a Hugging Face folder by their names in the files. Reads lazily."""
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        if index.is_file():
-            self._file_of = json.loads(index.read_text())["weight_map"]
-        elif single.is_file():
-            with safe_open(single, framework="pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), single.name)
-        else:
-            pickled = sorted(
-                p.name for s in ("*.bin", "*.pt", "*.pth") for p in self.folder.glob(s)
-            )
-            content = f"{pickled[0]} is a pickle, which can run code" if pickled else "no weights"
-            raise UserError(
-                f"{self.folder}: {content}; save the model as model.safetensors (from_pretrained, "
-                "then save_pretrained)"
-            )
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._file_of)
-
-    def _open(self, name: str):
-        return safe_open(self.folder / self._file_of[name], framework="pt")
-
-    def dtypes(self) -> list[str]:
-        """The dtypes in the files, in safetensors' words (BF16, F32), read from the headers."""
-        dtypes = set()
-        for file_name in sorted(set(self._file_of.values())):
-            with safe_open(self.folder / file_name, framework="pt") as file:
-                dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}
-        return sorted(dtypes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with self._open(name) as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        with self._open(name) as file:
-            return file.get_tensor(name)
-
-    def flat_range(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor, reading only the rows they lie in."""
-        with self._open(name) as file:
-            part = file.get_slice(name)
-            shape = part.get_shape()
-            if not shape:
-                return file.get_tensor(name).reshape(1)[start:stop]
-            row = 1
-            for size in shape[1:]:
-                row *= size
-            first, last = start // row, -(-stop // row)
-            return part[first:last].reshape(-1)[start - first * row : stop - first * row]
-
-
-class FlatRun(NamedTuple):
-    """Elements [first, first + size) of a stored tensor, flattened."""
-
-    stored: str
-    first: int
-    size: int
-
-
-class Source:
-    """Where a parameter's values lie: runs of stored tensors, one behind the other."""
-
-    def __init__(self, checkpoint: Checkpoint, shape: tuple[int, ...], runs: list[FlatRun]):
-        self.checkpoint, self.shape, self.runs = checkpoint, shape, runs
-
-    def flat_range(self, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened parameter, reading only the rows they lie in."""
-        parts, offset = [], 0
-        for run in self.runs:
-            first, last = max(start - offset, 0), min(stop - offset, run.size)
-            if first < last:
-                read = self.checkpoint.flat_range
-                parts.append(read(run.stored, run.first + first, run.first + last))
-            offset += run.size
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def tensor(self) -> Tensor:
-        return self.flat_range(0, sum(run.size for run in self.runs)).view(self.shape)
+SAMPLES, SAMPLE_SIZE = 16, 1024  # of a tensor's values, compared after loading
 
 
 def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]:
@@ -110,36 +33,68 @@ def find_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, So
 
     transformers renames, splits and joins some families' tensors on load. This function follows
     transformers where values are only moved. Tied weights share the one tensor that is stored.
-    Raises UserError when a parameter is missing or has another shape, or when a stored tensor has
-    no parameter. So no parameter is ever silently random.
+    Raises UserError when a parameter is missing or has another shape, when a stored tensor has no
+    parameter, or when two that differ have one. So no parameter is ever silently random, and no
+    tensor silently dropped. Buffers that are stored have sources too.
     """
     stored = _stored(model, checkpoint)
+    _refuse_foreign(model, checkpoint, stored)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if pair := _two_of_one(model, stored):
+        one, other = (source.runs[0].stored for source in pair)
+        raise UserError(
+            f"{checkpoint.folder}: {one} and {other} differ, but {type(model).__name__} has one "
+            "parameter for both; delete the wrong one from the files"
+        )
+    tied = _tied_names(model)
     sources: dict[str, Source] = {}
     missing = []
-    tied = _tied_names(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in parameters.items():
-        source = next(
-            (stored[alias] for alias in (name, *tied.get(name, ())) if alias in stored), None
-        )
+    for name, value in (model.state_dict(keep_vars=True) | parameters).items():
+        aliases = (name, *tied.get(name, ()))
+        source = next((stored[alias] for alias in aliases if alias in stored), None)
         if source is None:
-            missing.append(name)
-        elif source.shape != tuple(parameter.shape):
+            missing += [name] if name in parameters else []  # a buffer has a value of its own
+        elif source.shape != tuple(value.shape):
             raise UserError(
                 f"{checkpoint.folder}: {source.runs[0].stored} has shape {source.shape}, "
-                f"config.json says {tuple(parameter.shape)}"
+                f"config.json says {tuple(value.shape)}"
             )
         else:
             sources[name] = source
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{checkpoint.folder}: no weights for {', '.join(missing[:3])}{more}")
-    known = parameters.keys() | dict(model.named_buffers()).keys()
-    if foreign := [name for name in stored if name not in known]:
-        raise UserError(
-            f"{checkpoint.folder}: {foreign[0]} fits no parameter of {type(model).__name__}"
-        )
+        hint = _tie_hint(model, missing)
+        raise UserError(f"{checkpoint.folder}: no weights for {', '.join(missing[:3])}{more}{hint}")
     return sources
+
+
+def stores_own_head(model: PreTrainedModel, folder: str | Path) -> bool:
+    """Whether a folder holds two different tensors for what `model` holds as one.
+
+    transformers' from_pretrained then leaves the two untied, whatever the config says.
+    """
+    is_tied = any(_tied_names(model).values())
+    if not is_tied or not has_safetensors(folder):
+        return False
+    # A skeleton is built under torch.device("meta"), where nothing can be compared. A
+    # torch.device inside zero.Init would break every later one: torch remembers, at the first,
+    # which functions make tensors, and zero.Init has replaced those.
+    with torch._C.DisableTorchFunction():
+        return _two_of_one(model, _stored(model, Checkpoint(folder))) is not None
+
+
+def untie(config: PreTrainedConfig) -> None:
+    """Say in a config that the head has weights of its own, at both places that are read."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+def _two_of_one(model: nn.Module, stored: dict[str, Source]) -> tuple[Source, Source] | None:
+    """Two stored tensors that differ and would land on one parameter."""
+    for name, aliases in _tied_names(model).items():
+        for alias in aliases:
+            if name in stored and alias in stored and not are_equal(stored[name], stored[alias]):
+                return stored[name], stored[alias]
+    return None
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -149,24 +104,54 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: [o for o in group if o != name] for group in by_id.values() for name in group}
 
 
+def _tie_hint(model: PreTrainedModel, missing: list[str]) -> str:
+    """What to do where the head alone is missing: most such releases have it tied."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(names) != 1 or missing != names:
+        return ""
+    return (
+        "; where the head is the embedding, write tie_word_embeddings: true at the top of its "
+        "config.json"
+    )
+
+
+def _refuse_foreign(
+    model: PreTrainedModel, checkpoint: Checkpoint, stored: dict[str, Source]
+) -> None:
+    """Raises UserError for a stored tensor without a place; transformers' own exceptions have none.
+
+    Those are what its classes list (a head for several tokens at once), and rotary frequencies,
+    position ids and other buffers of older releases, which follow from the config.
+    """
+    known = model.state_dict().keys() | dict(model.named_buffers()).keys()
+    keys = SimpleNamespace(missing_keys=set(), unexpected_keys=stored.keys() - known)
+    model._adjust_missing_and_unexpected_keys(keys)
+    if keys.unexpected_keys:
+        name = next(name for name in stored if name in keys.unexpected_keys)
+        raise UserError(f"{checkpoint.folder}: {name} fits no parameter of {type(model).__name__}")
+
+
 def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]:
     """{parameter name that transformers loads stored tensors into: where its values are}."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    known = dict.fromkeys(model.state_dict().keys())
+    known = dict.fromkeys(model.state_dict().keys(), True)  # None would say that it is not there
+    prefix = model.base_model_prefix
     names = sorted(checkpoint.names, key=_by_number)
-    sources, conversions = {}, {}
+    sources: dict[str, Source] = {}
+    conversions = {}
     for number, stored in enumerate(names):
-        name, pattern = stored, None
-        if stored not in known:
-            name, pattern = rename_source_key(
-                stored, renamings, converters, model.base_model_prefix, known
-            )
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+        if name not in known and stored in known:
+            name, pattern = rename_source_key(stored, [], [], prefix, known)
         shape = checkpoint.shape(stored)
         if pattern is None:
-            sources[name] = Source(checkpoint, shape, [FlatRun(stored, 0, math.prod(shape))])
+            source = Source(checkpoint, shape, [FlatRun(stored, 0, math.prod(shape))])
+            _add(sources, name, source)
         else:
             # One conversion object per parameter, as transformers itself does on load.
             conversion = conversions.setdefault(name, copy.deepcopy(by_pattern[pattern]))
@@ -174,8 +159,18 @@ def _stored(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Source]
     for target, conversion in conversions.items():
         moved = conversion.convert(target, model=model, config=model.config)
         for name, rows in moved.items():
-            sources[name] = _followed(checkpoint, names, name, rows)
+            _add(sources, name, _followed(checkpoint, names, name, rows))
     return sources
+
+
+def _add(sources: dict[str, Source], name: str, source: Source) -> None:
+    """Give a name its source. Raises UserError where it has one that differs."""
+    first = sources.setdefault(name, source)
+    if first is not source and not are_equal(first, source):
+        raise UserError(
+            f"{source.checkpoint.folder}: {first.runs[0].stored} and {source.runs[0].stored} are "
+            f"both {name} and differ; delete the wrong one from the files"
+        )
 
 
 ROWS_OF_A_TENSOR = 2**40  # more than any has: tells rows of one stored tensor from another's
@@ -184,7 +179,7 @@ ROWS_OF_A_TENSOR = 2**40  # more than any has: tells rows of one stored tensor f
 def _row_numbers(number: int, shape: tuple[int, ...]) -> Tensor:
     """Replace a stored tensor by the numbers of its rows, to see where the rows go."""
     rows = shape if len(shape) == 1 else (*shape[:-1], 1)
-    return torch.arange(math.prod(rows)).view(rows) + number * ROWS_OF_A_TENSOR
+    return torch.arange(math.prod(rows), device="cpu").view(rows) + number * ROWS_OF_A_TENSOR
 
 
 def _followed(checkpoint: Checkpoint, names: list[str], name: str, rows: Tensor) -> Source:
@@ -215,8 +210,33 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 @torch.no_grad()
 def load_full(model: PreTrainedModel, folder: str | Path) -> None:
     """Fill an unsharded HF model from its folder; the same rules as the sharded load."""
-    checkpoint = Checkpoint(folder)
-    parameters = dict(model.named_parameters())
-    for name, source in find_sources(model, checkpoint).items():
-        if name in parameters:
-            parameters[name].copy_(source.tensor())
+    sources = find_sources(model, Checkpoint(folder))
+    for name, parameter in model.named_parameters():
+        parameter.copy_(sources[name].tensor())
+    load_buffers(model, sources)
+    _check_held(model, sources)
+
+
+@torch.no_grad()
+def load_buffers(model: nn.Module, sources: dict[str, Source]) -> None:
+    """Fill the buffers that are stored; nothing shards them."""
+    for name, buffer in model.named_buffers():
+        if name in sources:
+            buffer.copy_(sources[name].tensor())
+
+
+def _check_held(model: nn.Module, sources: dict[str, Source]) -> None:
+    """Compare what the model now holds under every name with the files, by sampled values.
+
+    Each name of a tied weight is compared: a second one that was written over is found.
+    """
+    held = model.state_dict()
+    for name, source in sources.items():
+        flat, size = held[name].flatten(), held[name].numel()
+        for start in range(0, size, max(size // SAMPLES, SAMPLE_SIZE)):
+            stop = min(start + SAMPLE_SIZE, size)
+            if not torch.equal(flat[start:stop], source.flat_range(start, stop).to(flat)):
+                raise UserError(
+                    f"{source.checkpoint.folder}: {source.runs[0].stored} is not what {name} "
+                    "holds after loading; please report this"
+                )

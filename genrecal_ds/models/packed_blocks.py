@@ -89,8 +89,11 @@ def _keys_values(
 
 
 def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = rows.chunk(2, -1)
-    return rows * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    """Turn the first numbers of each head, as many as there are angles; the others pass."""
+    turned, passed = rows.tensor_split([cos.shape[-1]], -1)
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    return torch.cat([turned, passed], -1) if passed.shape[-1] else turned
 
 
 def _finish(layer: nn.Module, hidden: Tensor, mixed: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ from genrecal_ds.data.recalibrator_input import RecalibratorInput
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend
 from genrecal_ds.models.packed_blocks import MODEL_TYPES, check_family, packed_forward
+from genrecal_ds.models.packing import OURS
 from genrecal_ds.ops.token_align import token_align
 from genrecal_ds.recipe.config import RecalibratorConfig
 
 FINAL_NORMS = ("norm", "embedding_norm")  # names of a decoder's last norm; the second is Lfm2's
+NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon")
 Blocks = Literal["auto", "packed", "transformers"]
 Positions = Literal["new", "own"]
 
@@ -69,12 +71,12 @@ class Recalibrator(nn.Module):
         config = block_config(text_config, depth)
         self.packed_attention = choose_blocks(config.model_type, blocks, attention)
         self.positions = positions
-        width, eps = config.hidden_size, getattr(config, "rms_norm_eps", 1e-6)
+        width = config.hidden_size
         self.proj_pre = TokenAlign(width, teacher_width, dtype)
         # dtype is given, never cast to later: .to(bf16) would round the rotary buffer too.
         self.blocks = build_decoder(config, dtype)
         self.proj_post = nn.Linear(width, teacher_width, bias=False, dtype=dtype)
-        self.norm = nn.RMSNorm(teacher_width, eps=eps, dtype=dtype)
+        self.norm = nn.RMSNorm(teacher_width, eps=norm_eps(config), dtype=dtype)
 
     def initialize(self, std: float, teacher_norm_H: Tensor | None) -> None:
         """Draw blocks and projections from N(0, std), zero biases, copy the teacher's final norm.
@@ -165,26 +167,43 @@ def choose_blocks(model_type: str, blocks: Blocks, attention: Backend) -> Backen
 
 
 def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
-    """The student's text config with `depth` full-attention blocks and plain RoPE of its theta."""
+    """The student's text config with `depth` full-attention blocks and plain RoPE of its theta.
+
+    The blocks drop nothing (the paper's do not) and have no stretched RoPE (yarn, longrope, ..):
+    they are new, and longrope's angles would depend on what else is in the batch.
+    """
     config = copy.deepcopy(text_config)
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * depth
     elif hasattr(config, "sliding_window"):
         config.sliding_window = None  # Mistral's decoder slides wherever it is set
-    if hasattr(config, "attention_dropout"):
-        config.attention_dropout = 0.0  # the paper has none, and packed blocks drop nothing
     config.use_sliding_window = False
+    if hasattr(config, "use_bidirectional_attention"):
+        config.use_bidirectional_attention = False  # PaliGemma's blocks would see the padding too
+    for name, value in list(vars(config).items()):
+        if "drop" in name and type(value) in (int, float):  # dropout, resid_pdrop, layerdrop
+            setattr(config, name, 0.0)
+    if config._attn_implementation == OURS:  # asks each layer for its samples; these have none
+        config._attn_implementation = "sdpa"
     # The embedding is never used; one row keeps its construction cheap.
     config.vocab_size, config.pad_token_id = 1, None
     rope = dict(getattr(config, "rope_parameters", None) or {})
     is_by_kind = "full_attention" in rope  # Gemma3 has one theta for each kind of layer
     rope = rope["full_attention"] if is_by_kind else rope
     plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
-    if "mrope_section" in rope:  # a Qwen-VL block needs it; equal ids on all axes are plain RoPE
-        plain["mrope_section"] = rope["mrope_section"]
+    # A Qwen-VL block needs sections; equal ids on all axes are plain RoPE. Phi-3 and Qwen3.5 turn
+    # only the first of a head's numbers.
+    kept = ("mrope_section", "partial_rotary_factor")
+    plain |= {key: rope[key] for key in kept if rope.get(key) is not None}
     config.rope_parameters = {"full_attention": plain} if is_by_kind else plain
     return config
+
+
+def norm_eps(config: PreTrainedConfig) -> float:
+    """The eps of a family's norms, by whichever name its config has."""
+    names = (name for name in NORM_EPS if getattr(config, name, None) is not None)
+    return getattr(config, next(names, ""), 1e-6)
 
 
 def build_decoder(config: PreTrainedConfig, dtype: torch.dtype) -> nn.Module:

@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 from transformers.initialization import no_init_weights
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.loading import Checkpoint, find_sources
+from genrecal_ds.models.loading import find_sources, load_buffers
+from genrecal_ds.models.tensor_files import Checkpoint
 from genrecal_ds.models.vlm import VLM
 
 
@@ -39,6 +40,7 @@ def load_replica(
     in_decoder = {
         id(module) for layer in vlm.model.get_decoder().layers for module in layer.modules()
     }
+    load_buffers(vlm.model, sources)
     filled: set[int] = set()  # of tied weights, which two modules share
     for prefix, module in vlm.model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -21,7 +21,9 @@ def write_student(
     disable_progress_bar()  # one file a stage: its bar would only tear ours
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state)
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    model.save_pretrained(temporary, state_dict=buffers | state)
     # Last, so that no file of the source's is written anew in other words.
     others = shutil.ignore_patterns(*_WEIGHTS, "config.json", ".*")
     shutil.copytree(source, temporary, ignore=others, dirs_exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from genrecal_ds.data.byte_matching import UNKNOWN
 from genrecal_ds.errors import UserError
 from genrecal_ds.ops.next_byte import END, STOP, ByteVocabulary
 
@@ -42,7 +43,8 @@ SPELLINGS: tuple[Spelling, ...] = (str.encode, _as_gpt2, _as_sentencepiece)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes | None]:
-    """Each token id's bytes; None for special tokens and for ids without a token.
+    """Each token id's bytes: UNKNOWN for the unknown token, None for other special tokens and for
+    ids without a token.
 
     Raises UserError where no way of spelling gives a text back.
     """
@@ -59,6 +61,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[bytes 
             bytes_of[token] = written(str(added[token])) if is_text else None
         elif token not in special:
             bytes_of[token] = spell(piece)
+    if tokenizer.unk_token_id is not None:
+        bytes_of[tokenizer.unk_token_id] = UNKNOWN
     return bytes_of
 
 

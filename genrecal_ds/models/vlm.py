@@ -23,7 +23,7 @@ from transformers import (
 from genrecal_ds.data.batch import SideBatch
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.loading import load_full
+from genrecal_ds.models.loading import load_full, stores_own_head, untie
 from genrecal_ds.models.packing import (
     Samples,
     attend_within_samples,
@@ -148,10 +148,11 @@ class VLM(nn.Module):
         config = read_config(folder)
         attention = attention or FAMILIES[config.model_type].attention
         _check_attention(folder, config, attention)
-        model = auto_class(config).from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=is_allowed(folder)
-        )
-        model.tie_weights()  # part of the initialisation that a sharded build skips
+        model = _unfilled(folder, config, dtype, attention)
+        if stores_own_head(model, folder):
+            untie(config)
+            del model  # before the second one takes its memory
+            model = _unfilled(folder, config, dtype, attention)
         return cls(model, pack, attention)
 
     def body(
@@ -277,15 +278,33 @@ def auto_class(config: PreTrainedConfig) -> type:
     return next(f for f in factories if f.__name__ in config.auto_map)
 
 
+def _unfilled(
+    folder: str | Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None
+) -> PreTrainedModel:
+    model = auto_class(config).from_config(
+        config, dtype=dtype, attn_implementation=attention, trust_remote_code=is_allowed(folder)
+    )
+    model.tie_weights()  # part of the initialisation that a sharded build skips
+    return model
+
+
 def plain_model(folder: str | Path) -> PreTrainedModel:
-    """A folder's own class with its weights, as transformers loads it."""
+    """A folder's own class with its weights, as transformers loads it.
+
+    transformers leaves a head untied that is stored and differs from the embedding; the config
+    then says so too, for whoever saves the model.
+    """
     config = read_config(folder)
-    return auto_class(config).from_pretrained(
+    model = auto_class(config).from_pretrained(
         folder,
         dtype="auto",
         attn_implementation=FAMILIES[config.model_type].attention,
         trust_remote_code=is_allowed(folder),
     )
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    if model.config.tie_word_embeddings and not is_tied:
+        untie(model.config)
+    return model
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:

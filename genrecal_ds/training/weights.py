@@ -8,10 +8,11 @@ from genrecal_ds import dist
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import check_backend
 from genrecal_ds.models.head import load_final_norm
-from genrecal_ds.models.loading import Checkpoint, find_sources
+from genrecal_ds.models.loading import find_sources, load_buffers
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import Recalibrator, unfilled
 from genrecal_ds.models.replica import load_replica
+from genrecal_ds.models.tensor_files import Checkpoint
 from genrecal_ds.models.vlm import VLM, TeacherBody, skeleton, text_width
 from genrecal_ds.recipe.config import ModelSource, RecalibratorConfig, Recipe
 from genrecal_ds.recipe.recipe_file import load_ds_config
@@ -90,6 +91,7 @@ def load_vlm_sharded(
     load_sharded(
         (parameter, sources[name].flat_range) for name, parameter in vlm.model.named_parameters()
     )
+    load_buffers(vlm.model, sources)
     return vlm
 
 

@@ -10,7 +10,7 @@ import torch
 from deepspeed import zero
 
 from genrecal_ds import dist
-from genrecal_ds.models.loading import Checkpoint
+from genrecal_ds.models.tensor_files import Checkpoint
 from genrecal_ds.models.vlm import auto_class, read_config
 from genrecal_ds.training import engine
 from genrecal_ds.training.weights import DTYPES, load_vlm_sharded
@@ -31,7 +31,8 @@ def check(folder: str, precision: str) -> None:
 
     family = auto_class(read_config(folder))
     expected = family.from_pretrained(folder, dtype=DTYPES[precision])
-    truth = dict(expected.named_parameters())
+    truth = dict(expected.named_parameters())  # a tied pair once: ties are the same
+    assert dict(vlm.model.named_parameters()).keys() == truth.keys()
     total = 0
     for name, parameter in vlm.model.named_parameters():
         total += parameter.ds_numel

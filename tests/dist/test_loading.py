@@ -9,6 +9,7 @@ from genrecal_ds.errors import UserError
 from genrecal_ds.models.loading import load_full
 from genrecal_ds.models.vlm import VLM, skeleton
 from tests.fixtures import ROOT, run_ranks
+from tests.unit.models.test_loading_ties import another, with_head
 from tests.zoo import build
 
 pytestmark = pytest.mark.dist
@@ -30,6 +31,18 @@ def folders(pair, tmp_path_factory):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_sharded_load_is_bit_equal(folders, world_size):
     run_ranks(ROOT / "tests/dist/ranks_loading.py", folders, world_size)
+
+
+@pytest.mark.parametrize("row", ["internvl", "qwen2"])
+def test_a_stored_head_that_differs_is_kept_by_every_rank(row, tmp_path):
+    """The config says tied; logits and ties are those of transformers' own loading.
+
+    The second head differs by less than bf16 can hold: the choice is made in the files' numbers.
+    """
+    zoo = build(row, tmp_path / "zoo")
+    heads = {"other": another, "near": lambda weight: weight * (1 + 2**-20)}
+    folders = [with_head(zoo, tmp_path / name, change) for name, change in heads.items()]
+    run_ranks(ROOT / "tests/dist/ranks_untied.py", folders, 2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

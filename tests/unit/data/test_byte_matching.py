@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrecal_ds.data.byte_matching import ByteMatcher, match_bytes
+from genrecal_ds.data.byte_matching import UNKNOWN, ByteMatcher, _folded, match_bytes
 from genrecal_ds.data.pair import Pair
 from tests.unit.data.test_batch import chat
 
@@ -84,10 +84,71 @@ def test_a_side_that_normalises_shares_the_boundaries_around_what_it_changed(tex
 
 def test_what_one_vocabulary_lacks_is_left_out_and_the_rest_is_not():
     teacher = [b"ab", "\u4e2d".encode(), b"cd", None]
-    student = [b"a", b"b", None, b"c", b"d", None]  # <unk> for the character
-    # The student's boundary behind "ab" may stand before the character or behind it.
+    for hidden in (UNKNOWN, None):  # None: a special token, whose name the other side spells
+        student = [b"a", b"b", hidden, b"c", b"d", None]
+        found = match_bytes(teacher, student)
+        assert found.student_I.tolist() == [0, 1, 3, 4, 5]  # 3 reads the character, too
+        assert found.teacher_I.tolist() == [0, 0, 2, 2, 3]
+
+
+def test_an_unknown_token_is_not_taken_for_nothing():
+    """Both sides' bytes may be equal, or begin alike, behind different texts."""
+    spelt = [b"x", b"a", b"a", b"b", None]
+    for student, expected in (
+        ([b"x", UNKNOWN, b"a", b"b", None], [0, 2, 3, 4]),
+        ([b"x", b"a", UNKNOWN, b"b", None], [0, 1, 3, 4]),
+        ([b"x", UNKNOWN, b"b", None], [0, 3, 4]),
+        ([b"x", UNKNOWN, b"a", b"a", b"b", None], [4]),  # where is the text of the unknown one?
+        ([UNKNOWN, b"a", b"b", None], [2, 3, 4]),
+        ([UNKNOWN, b"a", UNKNOWN, None], [4]),
+        # What stands at an end may be blanks that the other side's template cuts off.
+        ([UNKNOWN, b"x", b"a", b"a", b"b", None], [0, 1, 2, 3, 4]),
+    ):
+        assert match_bytes(spelt, student).teacher_I.tolist() == expected
+    # Each side hides one of three: "a" of the one may be in either place of the other.
+    both = match_bytes([UNKNOWN, b"a", UNKNOWN, None], [UNKNOWN, b"a", UNKNOWN, None])
+    assert both.teacher_I.tolist() == [3]
+
+
+UNITS = ["a", "b", " ", "\n", "e", "\u00e9", "e\u0301", "\ufb01", "f", "i", "\uff21", "\u4e2d"]
+
+
+@st.composite
+def sides(draw, units):
+    """(pieces, {bytes before: characters of the true text before, folded}) of one vocabulary."""
+    form = draw(st.sampled_from([None, "NFC", "NFD", "NFKC", "lower"]))
+    text = "".join(units)
+    if form:
+        text = text.lower() if form == "lower" else unicodedata.normalize(form, text)
+    is_fused, is_cut = draw(st.booleans()), draw(st.booleans())
+    pieces, place_of, place, size = [b" "] * draw(st.integers(0, 2)), {}, 0, 0
+    place_of = {size: size - len(pieces) for size in range(len(pieces))}
+    size = len(pieces)
+    for character in text:
+        if draw(st.integers(0, 3)) == 0:
+            if not (is_fused and pieces and pieces[-1] == UNKNOWN):
+                pieces.append(UNKNOWN)
+        else:
+            place_of[size] = place
+            piece = character.encode()
+            size += len(piece)
+            pieces += [piece] if is_cut or not pieces or not pieces[-1] else [pieces.pop() + piece]
+        place += len(_folded(character))
+    return [*pieces, None], place_of
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@given(st.data(), st.lists(st.sampled_from(UNITS), max_size=7))
+def test_no_boundary_is_guessed_beside_unknown_tokens(data, units):
+    """By the places in the true text, which only the test knows."""
+    (teacher, theirs), (student, ours) = (data.draw(sides(units)) for _ in range(2))
     found = match_bytes(teacher, student)
-    assert found.student_I.tolist() == [0, 1, 4, 5] and found.teacher_I.tolist() == [0, 0, 2, 3]
+    starts, own_starts = (np.cumsum([0] + [len(p or b"") for p in s]) for s in (teacher, student))
+    places = [
+        (theirs.get(starts[i] + depth), ours.get(own_starts[j] + own_depth))
+        for j, own_depth, i, depth in list(zip(*found, strict=True))[:-1]
+    ]
+    assert all(place == own for place, own in places), places
 
 
 def test_bytes_of_one_character_in_tokens_of_their_own():

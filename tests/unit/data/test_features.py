@@ -184,6 +184,6 @@ def test_a_view_of_the_last_turn_alone_has_its_rows_alone():
     turns = [{"role": role} for role in ("user", "assistant", "user", "assistant")]
     first, second = (CachedView(found).encode(turns[:n], [], last_turn=True) for n in (2, 4))
     assert first.answers == ((1, 3),) and second.answers == ((1, 4),)
-    assert np.array_equal(first.vision["rows"], found.rows_RH[:3])
-    assert np.array_equal(second.vision["rows"], found.rows_RH[3:])
-    assert np.array_equal(second.input_ids_T, found.tokens_R[3:])
+    assert torch.equal(first.vision["rows"], found.rows_RH[:3])
+    assert torch.equal(second.vision["rows"], found.rows_RH[3:])
+    assert torch.equal(second.input_ids_T, found.tokens_R[3:])

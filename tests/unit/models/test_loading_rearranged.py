@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.loading import Checkpoint, find_sources
+from genrecal_ds.models.loading import find_sources
+from genrecal_ds.models.tensor_files import Checkpoint
 
 pytestmark = pytest.mark.unit
 SIZES = dict(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4)

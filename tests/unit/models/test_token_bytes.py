@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from genrecal_ds.data.byte_matching import match_bytes
+from genrecal_ds.data.byte_matching import UNKNOWN, match_bytes
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.processors import load_tokenizer
 from genrecal_ds.models.token_bytes import token_bytes
@@ -101,6 +101,54 @@ def test_matches_meet_where_the_offsets_do(tokenizers, kinds):
         assert len(matched.student_I) == len(text.encode()) + 1  # every byte, and the end
         assert (np.diff(matched.teacher_I) >= 0).all()
     assert met > 100
+
+
+def without_byte_fallback(kind):
+    """A vocabulary of a few letters: what it lacks becomes an unknown token."""
+    if kind == "unigram":  # which makes one token of all that it lacks in a row
+        model, trainer = models.Unigram(), trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>")
+    else:
+        model = models.BPE(unk_token="<unk>", fuse_unk=kind == "bpe, fused")
+        trainer = trainers.BpeTrainer(vocab_size=60)
+    trainer.special_tokens, trainer.show_progress = ["<unk>", "<end>"], False
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.train_from_iterator(
+        ["3 plus 8 is eleven", "a  b, it's 2024\n", "\u00e9"] * 9, trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
+
+
+@pytest.mark.parametrize("is_teacher", [True, False])
+@pytest.mark.parametrize("kind", ["unigram", "bpe, fused", "bpe, one by one"])
+def test_matches_around_unknown_tokens_meet_where_the_offsets_do(
+    tokenizers, tmp_path, kind, is_teacher
+):
+    lacking = without_byte_fallback(kind)
+    pieces = token_bytes(lacking, tmp_path)
+    assert pieces[lacking.unk_token_id] == UNKNOWN and pieces[lacking.eos_token_id] is None
+    texts = ["it \u4e2d\u4e2d is", "\u4e2da\u4e2db", "a??a?a b", "\ufb01ve", "a \u4e2d", "ee\u0301"]
+    num_unknown = num_starts = 0
+    for text in [*texts, *TEXTS]:
+        sides = []
+        for tokenizer, own in ((lacking, pieces), tokenizers["byte_bpe"]):
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            sides.append(([own[t] for t in found["input_ids"]] + [None], found["offset_mapping"]))
+        num_unknown += sides[0][0].count(UNKNOWN)
+        (theirs, spans), (ours, own_spans) = sides if is_teacher else sides[::-1]
+        matched = match_bytes(theirs, ours)
+        starts = (matched.teacher_depth_I == 0) & (matched.student_depth_I == 0)
+        both = zip(matched.teacher_I[starts], matched.student_I[starts], strict=True)
+        for i, j in list(both)[:-1]:
+            assert spans[i][0] == own_spans[j][0], (text, theirs, ours, i, j)
+            num_starts += 1
+    # Both start a token, of characters that both know, in 511 places (506 of the BPE kind).
+    assert num_unknown > 100 and num_starts > 480
 
 
 def test_runs_of_blanks_among_the_added_tokens(tokenizers, zoo):
