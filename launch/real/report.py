@@ -1,6 +1,6 @@
 """Writes what `make real` found: held-out bits per byte, the teacher's KL, three bodies.
 
-    python -m launch.real.report runs/real/steps120 --seeds 1 2 3
+    python -m launch.real.report runs/real/steps80 --seeds 1 2 3
 
 Reads seedN/bits.json of genrecal_ds.analysis.bits; writes report.json and report.md.
 """

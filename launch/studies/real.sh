@@ -8,21 +8,21 @@
 #   launch/studies/real.sh                    `make real`
 #   STEPS=20 SEEDS=3 launch/studies/real.sh   `make real STEPS=20 SEEDS=3`
 #
-# STEPS: steps of the student in each arm, of 8 samples (default 120). Each of an arm's two stages
+# STEPS: steps of the student in each arm, of 4 samples (default 80). Each of an arm's two stages
 # reads every sample once, as does GenRecal's align. SEEDS: how many (default 1). Started again it
 # goes on: finished stages are kept.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 launch/setup_env.sh
 export PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu
-readonly STEPS="${STEPS:-120}" SEEDS="${SEEDS:-1}" MODELS=runs/real/models HELDOUT=64
+readonly STEPS="${STEPS:-80}" SEEDS="${SEEDS:-1}" MODELS=runs/real/models HELDOUT=64
 readonly RUN="runs/real/steps$STEPS" HALF=$((STEPS / 2))
 readonly GIVEN=(
     data.train="$RUN/data/train" stages.first.steps="$HALF" stages.second.steps="$HALF"
 )
 
 python -m launch.real.releases smollm2_135m qwen2_5_coder_0_5b
-python -m launch.real.functions "$RUN/functions" --train $((8 * HALF)) \
+python -m launch.real.functions "$RUN/functions" --train $((4 * HALF)) \
     --heldout "$HELDOUT"
 for split in train heldout; do
     python -m data_tools.build "$RUN/functions/$split.jsonl" --format llava --out "$RUN/data/$split"
