@@ -16,8 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from genrecal_ds.models.config_file import read_config
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.vlm import component_of, read_config
+from genrecal_ds.models.vlm import component_of
 from tests.fixtures import ROOT, environment, recipe_tree, run_ranks, write_recipe
 from tests.unit.models.test_loading_ties import another, with_head
 

@@ -8,8 +8,9 @@ from PIL import Image
 from genrecal_ds.data.batch import collate, join_teacher
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.config_file import read_config
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.vlm import TeacherBody, load_vlm, plain_model, read_config
+from genrecal_ds.models.vlm import TeacherBody, load_vlm, plain_model
 from tests.zoo import ROWS
 
 pytestmark = pytest.mark.unit

@@ -14,7 +14,8 @@ from torch import nn
 from genrecal_ds.errors import UserError
 from genrecal_ds.models import vlm as vlm_module
 from genrecal_ds.models.head import load_final_norm, load_frozen_head
-from genrecal_ds.models.vlm import VLM, LogitTransform, load_vlm
+from genrecal_ds.models.language_head import LogitTransform
+from genrecal_ds.models.vlm import VLM, load_vlm
 from tests.unit.models.test_vlm_every_pair import CPU
 
 pytestmark = pytest.mark.unit
