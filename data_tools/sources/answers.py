@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from data_tools.sources.files import field_of
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = ascii_uppercase
 CHOOSE_LETTER = "Answer with the option's letter from the given choices directly."
 
 

@@ -282,6 +282,10 @@ def test_case_09_bad_json_has_its_reason_and_the_build_goes_on(
     lines = [json.dumps(good).encode()] * 20 + [data.replace(b"\n", b" ")]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
     command = [str(tmp_path / "x.jsonl"), "--format", "llava", "--workers", "1"]
+    if name == "nan":  # in another's file: as its kind, which is then not read
+        assert build_main([*command, "--out", str(tmp_path / "read")]) == 0
+        assert len(ShardIndex.load(tmp_path / "read")) == 21
+        return
     assert build_main([*command, "--out", str(tmp_path / "strict")]) == 1
     assert not (tmp_path / "strict/manifest.json").exists()
     command += ["--max-reject-rate", "0.05", "--out", str(tmp_path / "lax")]

@@ -15,7 +15,8 @@ import pytest
 from data_tools.build import main
 from data_tools.builder import build as build_shards
 from data_tools.sources import RawSample, Rows, Source, webdataset
-from data_tools.sources.webdataset import CAPTION_QUESTION, open_source
+from data_tools.sources.items import CAPTION_QUESTION
+from data_tools.sources.webdataset import open_source
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
@@ -98,20 +99,34 @@ class Payload:
 @pytest.mark.parametrize(
     "extension",
     ["pyd", "pickle", "pkl", "PYD", "Pickle", "x.pkl", "pyd.gz", "pkl.gz", "npy", "pth", "pt",
-     "ten", "mp", "cbor", "json.gz", "jpg.pyd", "pyd.jpg", "seg.png", "meta.json", "x.txt", ""],
+     "ten", "mp", "cbor", "json.gz", "jpg.pyd", "cls", ""],
 )  # fmt: skip
-def test_foreign_members_are_refused_and_never_run(
+def test_foreign_members_are_counted_and_never_opened(
     tmp_path: Path, png: Callable[..., bytes], extension: str
 ) -> None:
     marker = tmp_path / "marker"
     payload = pickle.dumps(Payload(marker))
     data = gzip.compress(payload) if extension.endswith("gz") else payload
     name = f"a.{extension}" if extension else "a"
-    path = write(tmp_path / "x.tar", [("a.png", png(1)), (name, data)])
-    with pytest.raises(UserError, match=r"x\.tar: 'a.*members are read, nothing else"):
+    members = [("a.png", png(1)), ("a.txt", b"it"), (name, data), ("._a.png", data)]
+    path = write(tmp_path / "x.tar", members)
+    (row,) = open_source(str(path)).rows(0, 1)
+    assert isinstance(row, RawSample)
+    assert row.unread == [f".{extension.lower()}", "dot files"]
+    assert main([str(path), "--format", "webdataset", "--out", str(tmp_path / "out")]) == 0
+    assert len(ShardIndex.load(tmp_path / "out")) == 1 and not marker.exists()
+
+
+@pytest.mark.parametrize("extension", ["pyd.jpg", "seg.png", "meta.json", "x.txt", "mp4"])
+def test_members_that_look_like_content_end_the_build(
+    tmp_path: Path, png: Callable[..., bytes], extension: str
+) -> None:
+    members = [("a.png", png(1)), ("a.txt", b"it"), (f"a.{extension}", b"x")]
+    path = write(tmp_path / "x.tar", members)
+    with pytest.raises(UserError, match=r"x\.tar: 'a.*looks like content.* --ignore " + extension):
         open_source(str(path))
-    assert main([str(path), "--format", "webdataset", "--out", str(tmp_path / "out")]) == 2
-    assert not marker.exists() and not (tmp_path / "out/manifest.json").exists()
+    (row,) = open_source(str(path), ignore=[extension]).rows(0, 1)
+    assert isinstance(row, RawSample) and row.unread == [f".{extension}"]
 
 
 @pytest.mark.parametrize("name", ["../../a.png", "/etc/a.png", "x/../../a.png", "a\\b.png"])
@@ -236,5 +251,5 @@ def test_folder_and_digest(tmp_path: Path, png: Callable[..., bytes], reasons: R
     (tmp_path / "c.tar").symlink_to(tmp_path / "a.tar")
     with pytest.raises(UserError, match=r"c\.tar"):
         open_source(str(tmp_path))
-    with pytest.raises(UserError, match=r"holds no \.tar"):
+    with pytest.raises(UserError, match=r"lacks any \.tar"):
         open_source(str(tmp_path / "nowhere"))
