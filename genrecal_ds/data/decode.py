@@ -92,7 +92,8 @@ def decode_record(data: bytes) -> Record:
 def parse_json(data: bytes, *, allow_nan: bool = False) -> Any:
     """Strict JSON: UTF-8 without BOM, no NaN, no key twice in an object, no endless nesting.
 
-    allow_nan: as numbers, for other people's files, whose metadata may hold it. Raises SampleError (text_encoding, record_json, record_depth).
+    allow_nan: as numbers, for other people's files, whose metadata may hold it. Raises
+    SampleError (text_encoding, record_json, record_depth).
     """
     try:
         text = data.decode("utf-8")
