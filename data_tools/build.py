@@ -37,6 +37,7 @@ from data_tools.sources import (
     vqa,
     webdataset,
 )
+from data_tools.sources.items import is_read
 from genrecal_ds.console.command import command
 from genrecal_ds.data.index import MANIFEST_NAME, local_path
 from genrecal_ds.errors import UserError
@@ -141,6 +142,9 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a folder for --out")
     source, options = open_source(args)
+    # what nobody reads changes no byte: a build that stopped at it goes on
+    options["ignore"] = sorted(key for key in options.get("ignore", ()) if is_read(key))
+    options = {name: value for name, value in options.items() if value != []}
     arguments = {"source": args.source, "format": args.format, **options}
     arguments["shard_size"] = args.shard_size
     if is_finished(out, {**arguments, "source_digest": source.digest}):

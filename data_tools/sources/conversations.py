@@ -17,6 +17,10 @@ from genrecal_ds.data.decode import SampleError
 TURN_KEYS = ("conversations", "conversation", "messages", "texts")
 VALUE_KEYS = ("image", "image_url", "path", "url", "bytes", "file_name", "image_path")
 _LOSS_KEYS = ("loss", "weight", "train")
+TURN_PARTS = (
+    "from", "role", "value", "content", "user", "assistant", "reasoning_content", "tool_calls",
+    "type", "text", "index", *_LOSS_KEYS,
+)  # fmt: skip
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "system": "system",
@@ -176,6 +180,9 @@ def _add(
         if not _is_taught(turn, number):
             message["taught"] = False
             seen.read["turn.loss"] = None
+    else:
+        rest |= {*_LOSS_KEYS}  # questions are never taught
+        seen.unread |= {f"turn.{key}": None for key in _LOSS_KEYS if key in turn}
     turns.messages.append(message)
     seen.leave({key: value for key, value in turn.items() if key not in rest}, "turn.")
 

@@ -16,6 +16,8 @@ from data_tools.sources.conversations import (
     MARK,
     NUMBERED_MARK,
     TURN_KEYS,
+    TURN_PARTS,
+    VALUE_KEYS,
     Turns,
     has_numbered_marks,
     is_invisible,
@@ -27,7 +29,15 @@ from data_tools.sources.conversations import (
 from data_tools.sources.files import field_of
 from data_tools.sources.keys import Seen, is_blank
 from data_tools.sources.options import LIST_KEYS, letter_of, options_of
-from data_tools.sources.pictures import PictureReader, Pictures, find_pictures, place_pictures
+from data_tools.sources.pictures import (
+    NAME_KEYS,
+    NUMBERED,
+    PICTURE_KEYS,
+    PictureReader,
+    Pictures,
+    find_pictures,
+    place_pictures,
+)
 from genrecal_ds.data.decode import SampleError
 
 CAPTION_QUESTION = "Describe the image."
@@ -37,6 +47,14 @@ READ_KEYS = frozenset({
     "id", "data_source", "source", "kind",
 })  # fmt: skip
 _IDS = ("id", "index", "uid", "idx", "question_id", "key")
+
+
+def is_read(key: str) -> bool:
+    """Whether a key means something wherever it stands, so that leaving it out changes samples."""
+    name = key.rpartition(".")[2]
+    is_picture = name in (*PICTURE_KEYS, *NAME_KEYS) or NUMBERED.fullmatch(name) is not None
+    is_turns = key.startswith(("turn.", "part.")) and name in (*TURN_PARTS, *VALUE_KEYS)
+    return is_turns or is_picture or key in READ_KEYS or re.fullmatch("[A-Z]|txt", key) is not None
 
 
 class Items:

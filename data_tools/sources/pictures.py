@@ -28,7 +28,7 @@ NAME_KEYS = (
     "image_url", "image_urls", "image_name", "image_names", "file_name", "file_names", "filename",
 )  # fmt: skip
 _LOOSE = ("image_name", "image_names", "file_name", "file_names", "filename")
-_NUMBERED = re.compile(r"(image|img|picture)_?(\d{1,3})")
+NUMBERED = re.compile(r"(image|img|picture)_?(\d{1,3})")
 _PICTURE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|hei[cf])$", re.IGNORECASE)
 MAX_BASE64_CHARS = MAX_IMAGE_BYTES * 4 // 3 + 1024
 MIN_BASE64_CHARS = 64  # shorter: a file's name; no picture is that small
@@ -116,7 +116,7 @@ def find_pictures(item: dict[str, Any], seen: Seen) -> Pictures:
     are meant.
     """
     held: dict[str, Pictures] = {}
-    numbered = {int(m[2]): key for key in item if (m := _NUMBERED.fullmatch(key))}
+    numbered = {int(m[2]): key for key in item if (m := NUMBERED.fullmatch(key))}
     if numbered:
         order = sorted(numbered)
         values = [_values(item[numbered[number]], seen)[:1] or [None] for number in order]
