@@ -14,7 +14,7 @@ import pytest
 
 from data_tools.build import main
 from data_tools.builder import build as build_shards
-from data_tools.sources import RawSample, Rows, Source, webdataset
+from data_tools.sources import RawSample, Rejected, Rows, Source, webdataset
 from data_tools.sources.items import CAPTION_QUESTION
 from data_tools.sources.webdataset import open_source
 from genrecal_ds.data.index import ShardIndex
@@ -253,3 +253,59 @@ def test_folder_and_digest(tmp_path: Path, png: Callable[..., bytes], reasons: R
         open_source(str(tmp_path))
     with pytest.raises(UserError, match=r"lacks any \.tar"):
         open_source(str(tmp_path / "nowhere"))
+
+
+def test_the_names_in_the_json_decide_the_order(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    turns = {"conversations": [{"from": "human", "value": "<image><image>"},
+                               {"from": "gpt", "value": "a"}]}  # fmt: skip
+    pictures = [("k.0.png", png(1)), ("k.1.png", png(2))]
+    for names, order in (
+        (["k.1.png", "k.0.png"], [2, 1]), (["x/1.png", "x/0.png"], [2, 1]),
+        (["left.png", "right.png"], [1, 2]), (None, [1, 2]), (["k.1.png", "left.png"], []),
+        (["left.png"], []),
+    ):  # fmt: skip
+        record = json.dumps({**turns, "images": names}).encode()
+        path = write(tmp_path / "x.tar", [*pictures, ("k.json", record)])
+        (row,) = open_source(str(path)).rows(0, 1)
+        if order:
+            assert isinstance(row, RawSample)
+            assert row.images == [("png", png(number)) for number in order]
+        else:
+            assert isinstance(row, Rejected) and row.reason == "image_count"
+            assert "the json names" in row.detail and row.source_id == "k"
+
+
+def test_captions_and_facts_of_other_peoples_shards(
+    tmp_path: Path, png: Callable[..., bytes], reasons: Reasons
+) -> None:
+    facts = b'{"url": "u", "caption": "a cat", "similarity": NaN, "status": "ok", "kind": "x"}'
+    members = [
+        ("0.jpg", png(1, "JPEG")), ("0.json", facts), ("0.txt", b"\xef\xbb\xbfa cat\r\n"),
+        ("1.gif", png(2, "GIF")), ("1.json", facts),
+        ("2.png", png(3)), ("2.txt", b"nan"), ("3.png", png(3)), ("3.txt", "\u200b".encode()),
+        ("4.png", png(3)), ("4.cls", b"7"), ("README", b"hello"), (".DS_Store", b"x"),
+    ]  # fmt: skip
+    source = open_source(str(write(tmp_path / "x.tar", members)))
+    assert reasons(source) == ["0", "1", "empty_answer", "empty_answer", "members"]
+    zero, one, *_ = source.rows(0, 5)
+    assert isinstance(zero, RawSample) and isinstance(one, RawSample)
+    for row in (zero, one):
+        assert row.messages[1]["content"][0]["text"] == "a cat" and row.read == ["caption"]
+    assert zero.blank == ["caption"] and zero.unread == ["status", ".", "dot files"]
+    assert zero.kind == "webdataset" and one.images[0][0] == "png"
+    other = facts.replace(b"a cat", b"a dog")
+    path = write(tmp_path / "y.tar", [("0.png", png(1)), ("0.json", other), ("0.txt", b"a cat")])
+    with pytest.raises(UserError, match="'json caption' looks like content"):
+        list(open_source(str(path)).rows(0, 1))
+
+
+def test_shards_behind_links_of_a_hubs_cache(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots"
+    blobs.mkdir()
+    snapshot.mkdir()
+    write(blobs / "f00d", [("a.png", png(1)), ("a.txt", b"one")])
+    (snapshot / "train-0.tar").symlink_to("../blobs/f00d")
+    with pytest.raises(UserError, match="--allow-links names the folder"):
+        open_source(str(snapshot))
+    (row,) = open_source(str(snapshot), links=str(blobs)).rows(0, 1)
+    assert isinstance(row, RawSample) and row.source_id == "a"
