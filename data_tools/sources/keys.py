@@ -21,7 +21,7 @@ _CONTENT = re.compile(
     r"image|img|pict|photo|thumb|(^|_)pics?(_|$)|jpe?g|png|webp|frame|video|audio|speech"
     r"|choice|option|candidate|distractor|^[A-Z]$"
     r"|conversation|message|dialog|(^|_)turns?(_|$)|(^|_)chat|(^|_)texts?$|question|answer|prompt"
-    r"|response|instruction|query|caption|(^|_)(in|out)puts?$|(^|_)tools?$|reasoning|rationale"
+    r"|response|instruction|query|caption|(^|_)(in|out)puts?$|(^|_)tools$|reasoning|rationale"
     r"|system|hint|context|passage|lecture|solution|explanation"
     r"|loss|weight|mask|train"
 )
