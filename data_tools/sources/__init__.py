@@ -67,6 +67,14 @@ class Rejected(SampleError):
         self.source_id, self.inputs = source_id, tuple(inputs)
 
 
+def with_id(error: SampleError, source_id: str) -> SampleError:
+    """The error with an item's id, where it has none yet."""
+    if not source_id or (isinstance(error, Rejected) and error.source_id):
+        return error
+    inputs = error.inputs if isinstance(error, Rejected) else ()
+    return Rejected(error.reason, error.detail, source_id=source_id, inputs=inputs)
+
+
 class Source(Protocol):
     """Rows in an order that never changes; any range of them can be read alone.
 
@@ -101,6 +109,10 @@ def _text(text: str) -> dict[str, str]:
 class RowSource:
     """A Source whose rows are made one at a time; subclasses have name, digest, len and row."""
 
+    def source_id(self, number: int) -> str:
+        """What the source calls a row, whatever is wrong with it; "" where it has no name."""
+        return ""
+
     def row(self, number: int) -> RawSample:
         """Raises SampleError."""
         raise NotImplementedError
@@ -110,7 +122,7 @@ class RowSource:
             try:
                 yield self.row(number)
             except SampleError as error:
-                yield error
+                yield with_id(error, self.source_id(number))
 
 
 @dataclass(frozen=True)
