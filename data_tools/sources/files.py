@@ -39,7 +39,7 @@ class ImageRoot:
         Raises SampleError: image_path (outside the root, or no path at all), image_missing,
         image_bytes, image_format.
         """
-        if not isinstance(name, str) or not name or "\0" in name:
+        if not isinstance(name, str) or not is_file_name(name):
             raise SampleError("image_path", f"{name!r:.80} is not a file name")
         evidence = self._evidence(name)
         inputs = [evidence] if evidence else []
@@ -54,7 +54,7 @@ class ImageRoot:
 
     def has(self, name: str) -> bool:
         """Whether a name is that of something below the root."""
-        return len(name) < 4096 and "\0" not in name and (self.folder / name).exists()
+        return len(name) < 4096 and is_file_name(name) and (self.folder / name).exists()
 
     def _bytes(self, name: str) -> bytes:
         path = self.folder / name
@@ -73,6 +73,14 @@ class ImageRoot:
     def _evidence(self, name: str) -> Evidence | None:
         path = Path(os.path.normpath(self.folder / name))
         return evidence_of(path) if path.is_relative_to(self.folder) else None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether the system could know a file by this name."""
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
 
 
 def linked_folder(links: str | None) -> list[Path]:

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from data_tools.job import check
 from data_tools.sources import RawSample, Rejected
 from data_tools.sources.answers import CHOOSE_LETTER
-from data_tools.sources.items import CAPTION_QUESTION
+from data_tools.sources.files import ImageRoot
+from data_tools.sources.items import CAPTION_QUESTION, Items
 from data_tools.sources.llava import open_source
+from data_tools.sources.pictures import PictureReader
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
 
@@ -326,3 +329,63 @@ def test_all_of_an_item_is_at_its_place_or_it_is_rejected(
         assert given_back(sample, pictures) == one.chat, about
         assert one.unread <= set(sample.unread), about
     assert NUM_EXAMPLES / 6 < num_spoiled < NUM_EXAMPLES / 3
+
+
+class Hostile:
+    """Draws items in which anything may stand anywhere."""
+
+    keys = """image images img image_1 image_paths file_name image_url conversations messages texts
+    question answer answers choices options A B C hint system caption id index kind video""".split()
+    inner = """from role value content loss weight reasoning_content tool_calls user assistant type
+    text index image image_url path bytes url""".split()
+    texts = [
+        "0.png", "q", "<image>", "<image 1>", "human", "gpt", "user", "assistant", "text", "image",
+        "", "nan", "\ufeff", "[", "{", "[1,2]", "['a']", '{"a":1}', "data:image/png;base64,AAAA",
+        "http://x/a.png", "file:///a.png", "\0", "A" * 200, "../x", "B", "\ud800", "a" * 5000,
+    ]  # fmt: skip
+    others = [
+        None, 0, 1, -1, 2.5, float("nan"), float("inf"), True, False, 10**30, b"",
+        b"BM" + b"x" * 40, b"GIF89a" + bytes(30), b"II*\0" + bytes(30),
+    ]  # fmt: skip
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def value(self, depth: int = 0) -> Any:
+        kind = self.random.random()
+        if kind < 0.6 or depth > 3:
+            return self.random.choice(self.texts if kind < 0.35 else self.others)
+        if kind < 0.8:
+            return [self.value(depth + 1) for _ in range(self.random.randint(0, 3))]
+        return {self.random.choice(self.inner): self.value(depth + 1) for _ in range(4)}
+
+    def item(self) -> dict[str, Any]:
+        chosen = self.random.sample(self.keys, self.random.randint(1, 6))
+        item = {key: self.value() for key in chosen}
+        roles = ["user", "assistant", "user", "assistant", "system", None]
+        if self.random.random() < 0.5:
+            item["messages"] = [
+                {"role": self.random.choice(roles), "content": self.value(1)}
+                for _ in range(self.random.randint(1, 4))
+            ]
+        elif self.random.random() < 0.5:
+            item |= {"question": "<image>q", "answer": self.value(2)}
+        return item
+
+
+def test_whatever_stands_in_an_item_it_is_built_or_rejected(
+    tmp_path: Path, png: Callable[..., bytes]
+) -> None:
+    """Nothing but a reason comes out, which the builder counts: no traceback for any input."""
+    (tmp_path / "0.png").write_bytes(png(1))
+    items = Items("unit", "x.json", PictureReader(ImageRoot(tmp_path)))
+    outcomes = set()
+    for seed in range(3000):
+        try:
+            check(items.sample(Hostile(seed).item()), "unit", seed)
+            outcomes.add("built")
+        except SampleError as error:
+            outcomes.add(error.reason)
+        except UserError:
+            outcomes.add("unread")
+    assert len(outcomes) > 10 and {"built", "unread"} <= outcomes
