@@ -373,13 +373,21 @@ class TooLongFor(Letters):
         raise Unusable("longer than max_length")
 
 
-def test_case_14_a_batch_without_labels_is_zero_not_nan(built: Path) -> None:
+def test_case_14_a_batch_without_labels_is_zero_not_nan(
+    built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = dataset_of(ShardIndex.load(built))
     dataset.encoders = PairEncoders(TooLongFor(), TooLongFor())
     batch = dataset[(0, 1)]
     assert batch.unusable == ("longer than max_length",) * 2
     assert (batch.num_teacher_rows, batch.num_student_rows, batch.num_samples) == (0, 0, 0)
     counts = SampleCounts(0.001)
+    counts.of([batch])
+    counts.of([batch])
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "rank 0: left out key unit/000000000: longer than max_length; more are counted only"
+    ]
     with pytest.raises(UserError, match=f"none of the first {MIN_SEEN} samples can be used"):
         for _ in range(MIN_SEEN // 2):
             counts.add(counts.of([batch]))
