@@ -24,7 +24,7 @@ from genrecal_ds.errors import UserError
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
 MOST_QUESTION, LEAST_ANSWER, MOST_ANSWER = 400, 60, 400  # characters
 HELDOUT_SHARE = 6  # one module in so many
-ASKED = "Write the body of this Python function.\n\n"
+ASKED = "Write the body of this Python function: no signature, no docstring, no code fence.\n\n"
 
 
 def functions(library: Path) -> Iterator[tuple[str, str, str]]:
