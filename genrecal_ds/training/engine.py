@@ -22,7 +22,9 @@ if not torch.cuda.is_available():  # stated: if DeepSpeed guesses, every rank pr
 import deepspeed
 import deepspeed.ops
 import torch.distributed as torch_dist
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor, nn
 
 from genrecal_ds import dist
@@ -315,8 +317,22 @@ def is_gathered(parameter: nn.Parameter) -> bool:
 def _free(owner: TeacherEngine | StudentEngine) -> None:
     """Drop hooks and buffers so that the next stage's engines find the memory."""
     owner._engine.destroy()
+    _forget(owner._engine.module)
     del owner._engine
     _release_memory()
+
+
+def _forget(module: nn.Module) -> None:
+    """Take an engine's module out of what DeepSpeed keeps for the whole process.
+
+    destroy leaves both there, and with the module weights, gradients and optimizer states stay: the
+    modules whose forward runs, the root among them, and a cache of what to release behind each."""
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [running for running in stack if running is not module]
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # DeepSpeed wraps it for nvtx
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def _release_memory() -> None:

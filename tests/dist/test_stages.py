@@ -38,6 +38,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
 
 
+def test_an_ended_stage_leaves_no_engine(tmp_path, pair, shards):
+    """Else each stage would hold the weights and optimizer states of all stages before it."""
+    stages = [{"kind": "distill", "steps": 1}, {"kind": "sft", "steps": 1}]
+    tree = recipe_tree(tmp_path, pair, shards, stages=stages)
+    script = ROOT / "tests/dist/ranks_ended_stages.py"
+    said = run_ranks(script, [write_recipe(tmp_path / "r.yaml", **tree)])
+    assert "behind distill: 0 engines" in said and "behind sft: 0 engines" in said, said
+
+
 @pytest.mark.parametrize("student", ["student_init", "student_untied", "student_own_head"])
 def test_exactly_the_papers_parameters_change(tmp_path, pair, shards, student):
     """After 3 steps of each stage; every one starts from the same folder.

@@ -1,4 +1,4 @@
-"""Text-only rows: the pairs of the paper's table 6(g), and a family with softcaps."""
+"""Text-only rows: the pairs of the paper's table 6(g), and families with softcaps or windows."""
 
 from pathlib import Path
 
@@ -23,6 +23,14 @@ ROWS = {
     "gemma2": _row(  # softcaps on attention and on the logits
         "gemma2", query_pre_attn_scalar=8, sliding_window=8, final_logit_softcapping=5.0,
         attn_logit_softcapping=10.0,
+    ),
+    "gemma3_text": _row(  # every second layer sees a window, with a rotary base of its own
+        "gemma3_text", query_pre_attn_scalar=8, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
     ),
     "phi3": _row("phi3", tie_word_embeddings=False, partial_rotary_factor=1.0),
 }  # fmt: skip

@@ -84,7 +84,7 @@ def test_zero3_shares():
     assert found["student, Recalibrator: weights"] == 2 * 63_597_348  # 8,140,460,544 / 128
     assert found["gradient sums"] == 4 * 55_081_764  # 7,050,465,792 / 128
     assert found["AdamW states"] == 12 * 55_081_764
-    assert found["gradients being applied"] == 4 * 55_081_764  # less than a sub-group of 1e9
+    assert found["gradients being applied"] == 4 * 50_000_000  # a sub-group of the file
     assert found["teacher: small tensors whole"] == 4_276_224
 
 

@@ -1,0 +1,1 @@
+"""Fetches released models and tokenizers, and distils one real model into another."""
