@@ -1,5 +1,12 @@
-"""Tiny configs of every text class of the installed transformers, without a word about any one."""
+"""Tiny models of every text-only class of the installed transformers, no class treated apart.
 
+    python -m tests.zoo.any_text [MODEL_TYPE ...]
+
+Prints a line a class: whether it loads and passes the checks of a load, or why it does not.
+"""
+
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +57,8 @@ def tiny_config(model_type: str, vocab_size: int) -> dict[str, Any]:
     for key, value in defaults.items():
         if isinstance(value, list) and len(value) == defaults.get("num_hidden_layers", -1):
             known[key] = [*value[: LAYERS - 1], value[-1]]  # one of each kind, most likely
+    if "kv_lora_rank" in known:  # compressed keys have as many heads as queries
+        known["num_key_value_heads"] = HEADS
     return {**known, "vocab_size": vocab_size}
 
 
@@ -60,3 +69,38 @@ def write(model_type: str, folder: Path, kind: Kind = "byte_bpe") -> Path:
     keys |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     save_text(folder, tokenizer, template(""), model_type, own_keys=keys)
     return folder
+
+
+def outcome(model_type: str) -> str:
+    """Load a tiny model of a class as a run does, and say how that ended."""
+    from genrecal_ds.errors import UserError
+    from genrecal_ds.models.chat import ChatEncoder
+    from genrecal_ds.models.marked_chat import PROBE
+    from genrecal_ds.models.vlm import load_vlm
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        try:
+            write(model_type, folder)
+        except Exception as error:  # its config needs sizes of its own
+            return f"no tiny model: {type(error).__name__}"
+        try:
+            vlm = load_vlm(folder).eval()
+            vlm.check(ChatEncoder(folder, 500).encode(PROBE, []).input_ids_T[None])
+        except UserError as error:
+            return f"refused: {error}"
+        except Exception as error:
+            return f"fails: {type(error).__name__}: {error}"
+    return "works"
+
+
+def main() -> None:
+    """Print each class's outcome, and how many work."""
+    outcomes = {name: outcome(name) for name in sys.argv[1:] or text_types()}
+    for name, said in outcomes.items():
+        print(f"{name}: {' '.join(said.split())[:160]}")
+    print(f"{sum(said == 'works' for said in outcomes.values())} of {len(outcomes)} work")
+
+
+if __name__ == "__main__":
+    main()
