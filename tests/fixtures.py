@@ -63,12 +63,15 @@ def write_recipe(path: Path, **tree) -> Path:
 
 
 def partitioning_ds_configs(folder: Path, project: Path = ROOT) -> dict[str, str]:
-    """The packaged ZeRO-3 files with no parameter small enough to be kept whole on every rank."""
+    """The packaged ZeRO-3 files with no parameter small enough to be kept whole on every rank, and
+    with several sub-groups, as large students have."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for side in ("student", "teacher"):
         config = json.loads((project / f"ds_configs/{side}_zero3.json").read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        if side == "student":
+            config["zero_optimization"]["sub_group_size"] = 20_000
         path = folder / f"{side}_zero3.json"
         path.write_text(json.dumps(config))
         paths[side] = str(path)

@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from genrecal_ds.data.batch import PairBatch, collate
 from genrecal_ds.data.byte_matching import ByteMatcher
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.data.reader import Sample
 from genrecal_ds.evaluate.generate import Generator
-from genrecal_ds.models.chat import ChatEncoder
 from genrecal_ds.models.head import FrozenHead, load_final_norm, load_frozen_head
 from genrecal_ds.models.loading import load_full
 from genrecal_ds.models.recalibrator import Recalibrator
@@ -30,66 +28,11 @@ from genrecal_ds.objectives.base import Ingredients, TeacherRows, Totals
 from genrecal_ds.objectives.report import Clock
 from genrecal_ds.recipe.kinds import KINDS
 from genrecal_ds.recipe.stage_config import StageConfig
+from tests.real.chats import MODELS, TURNS, conversations, encoder
 
 pytestmark = pytest.mark.real
 CPU = torch.device("cpu")
-MODELS = ("smollm2_135m", "gemma3_270m")
 STEP = 0.02  # the length of a step, along the gradient
-QUESTION = 'def median(values):\n    """Return the middle value."""\n'
-TURNS = [
-    ("What is the capital of France?", "The capital of France is Paris."),
-    (QUESTION, "ordered = sorted(values)\nreturn ordered[len(ordered) // 2]"),
-]
-
-
-def message(role, text):
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def conversations(*turns):
-    return [[message("user", asked), message("assistant", said)] for asked, said in turns]
-
-
-def student_batch(folder: Path, messages):
-    encoders = PairEncoders(ChatEncoder(folder, 4000))
-    pairs = [pair for chat in messages for pair in encoders.encode(chat, [])]
-    return pairs, collate(pairs, encoders.placeholder(), encoders.vision_rules, False).student
-
-
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_our_logits_are_those_of_transformers(released, name):
-    folder = released(name)
-    pairs, batch = student_batch(folder, conversations(*TURNS))
-    for dtype in (torch.bfloat16, torch.float32):
-        vlm = load_vlm(folder, dtype).eval()
-        vlm.check(batch.inputs.input_ids[:1, :32])
-    # Not plain_model(..).float(): bf16 has rounded the factor of Gemma's embeddings by then.
-    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for row, pair in enumerate(pairs):
-        view = pair.student
-        logits = expected(input_ids=view.input_ids_T[None]).logits[0]
-        own = vlm.head.logits(vlm.body(*batch.inputs)[row, : len(logits)])
-        assert (own - logits).abs().max() < 1e-4 * logits.abs().max()
-        # A model that has learned something: below a third of a uniform guess's bits.
-        start, end = view.answers[0]
-        ce = torch.nn.functional.cross_entropy(logits[start - 1 : end - 1],
-                                               view.input_ids_T[start:end])  # fmt: skip
-        assert ce < math.log(logits.shape[1]) / 3, (row, float(ce))
-
-
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_packed_samples_do_not_see_each_other(released, name):
-    """With one longer than Gemma's window of 512 tokens."""
-    folder = released(name)
-    long = " ".join(f"{number} is {number * number}." for number in range(85))
-    _, batch = student_batch(folder, conversations(TURNS[0], (long, "yes")))
-    assert batch.inputs.input_ids.shape[1] > 540
-    real = batch.inputs.real_P
-    padded = load_vlm(folder).eval().body(*batch.inputs).flatten(0, 1)[real]
-    packed = load_vlm(folder, pack=True).eval().body(*batch.inputs).flatten(0, 1)[real]
-    assert (packed - padded).abs().max() <= 1e-4 * padded.abs().max()
 
 
 @dataclass
@@ -107,7 +50,7 @@ class Beside:
 
     @classmethod
     def load(cls, teacher: Path, folder: Path) -> "Beside":
-        encoders = PairEncoders(ChatEncoder(folder, 1000), ChatEncoder(teacher, 1000))
+        encoders = PairEncoders(encoder(folder), encoder(teacher))
         pieces = (token_bytes(e.tokenizer, e.folder) for e in (encoders.teacher, encoders.student))
         matcher = ByteMatcher(*pieces)
         pairs = [pair for chat in conversations(*TURNS) for pair in encoders.encode(chat, [])]
@@ -188,14 +131,13 @@ def test_a_trained_student_is_a_plain_folder_and_answers(beside, tmp_path):
     beside.losses("sft", steps=4)
     state = {name: value.bfloat16() for name, value in model.state_dict().items()}
     write_student(model, state, beside.folder, tmp_path / "out")
+    del state
     same = {path.name for path in beside.folder.iterdir()} - {"config.json", "model.safetensors"}
     for name in same:
         assert (tmp_path / "out" / name).read_bytes() == (beside.folder / name).read_bytes()
-    again = load_vlm(tmp_path / "out", torch.bfloat16)
-    for (name, value), (_, wanted) in zip(
-        again.model.named_parameters(), model.named_parameters(), strict=True
-    ):
-        assert torch.equal(value, wanted.bfloat16()), name
+    again = load_vlm(tmp_path / "out", torch.bfloat16).model.state_dict()
+    assert all(torch.equal(again[name], value.bfloat16()) for name, value in own.items())
+    del again
     (after,) = Generator(tmp_path / "out", max_new_tokens=12).answers(asked, 2)
     print(f"\nbefore {before}\nafter  {after}")
     assert all(after) and after != before
