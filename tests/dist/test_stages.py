@@ -172,7 +172,7 @@ def test_every_form_of_launch_starts_two_ranks(tmp_path, pair, shards, command):
     launched = subprocess.run(
         [str(program), *(names.get(word, word) for word in command[1:])],
         env=environment(DS_ACCELERATOR="cpu", PYTHONWARNINGS=""), cwd=ROOT, capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=300,
     )  # fmt: skip
     output = launched.stdout + launched.stderr
     assert launched.returncode == 0, output[-6000:]
