@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.race import Contestants, device_facts, race
-from genrecal_ds.models.vlm import VLM, auto_class
+from genrecal_ds.models.config_file import auto_class
+from genrecal_ds.models.vlm import VLM
 
 ON_CUDA = torch.cuda.is_available()
 WIDTH, LAYERS = (2048, 8) if ON_CUDA else (256, 4)

@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.builder import REJECTS_NAME, Busy, build, build_share, is_finished
+from data_tools.builder import (
+    REJECTS_NAME,
+    Busy,
+    build,
+    build_share,
+    changed_of,
+    is_finished,
+    reopen,
+)
 from data_tools.progress import progress_bar
 from data_tools.sources import (
     Source,
@@ -29,6 +37,7 @@ from data_tools.sources import (
     vqa,
     webdataset,
 )
+from data_tools.sources.items import is_read
 from genrecal_ds.console.command import command
 from genrecal_ds.data.index import MANIFEST_NAME, local_path
 from genrecal_ds.errors import UserError
@@ -70,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     add("--format", required=True, choices=sorted(FORMATS))
     add("--out", required=True, metavar="DIR", help="a new or empty folder")
     add("--images", metavar="DIR", help="root of the pictures; no path leads out of it")
-    add("--split", metavar="NAME", help="of formats that have splits")
+    add("--split", metavar="NAME", help="of formats and folders that have splits; a+b for both")
+    add("--ignore", action="append", metavar="KEY", help="content of the items to leave out")
+    add("--allow-links", dest="links", metavar="DIR", help="a folder that links may lead to")
     add("--num-samples", type=positive, metavar="N", help="of digits; default 1000")
     add("--seed", type=not_negative, metavar="S", help="of digits; default 0")
     add("--kinds", metavar="A,B", help="of digits: only these kinds")
@@ -78,12 +89,15 @@ def parser() -> argparse.ArgumentParser:
     add("--shard-size", default=512, type=positive, metavar="ROWS")
     add("--workers", type=positive, metavar="N", help="processes; default one per core")
     add("--max-reject-rate", default=0.01, type=float, metavar="R", help="default 0.01")
+    add("--retry-rejects", action="store_true", help="judge rejects whose pictures changed again")
     add("--task", type=task, metavar="I/N", help="make a share of the shards; see launch/slurm")
     return result
 
 
 # Of formats, not of the build.
-OPTIONS = ("images", "split", "num_samples", "seed", "kinds", "wrong_share")
+OPTIONS = (
+    "images", "split", "num_samples", "seed", "kinds", "wrong_share", "ignore", "links",
+)  # fmt: skip
 
 
 def positive(text: str) -> int:
@@ -117,7 +131,7 @@ def open_source(args: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
     taken = inspect.signature(opener).parameters
     for name in options:
         if name not in taken:
-            flag = "--" + name.replace("_", "-")
+            flag = {"links": "--allow-links"}.get(name, "--" + name.replace("_", "-"))
             raise UserError(f"{flag}: --format {args.format} does not take it; leave it out")
     return opener(args.source, **options), options
 
@@ -128,11 +142,23 @@ def run(args: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose a folder for --out")
     source, options = open_source(args)
+    # what nobody reads changes no byte: a build that stopped at it goes on
+    options["ignore"] = sorted(key for key in options.get("ignore", ()) if is_read(key))
+    options = {name: value for name, value in options.items() if value != []}
     arguments = {"source": args.source, "format": args.format, **options}
     arguments["shard_size"] = args.shard_size
     if is_finished(out, {**arguments, "source_digest": source.digest}):
-        print(f"{args.out}: already built with these arguments, nothing to do")
-        return 0
+        changed = changed_of(out)
+        if not changed:
+            print(f"{args.out}: already built with these arguments, nothing to do")
+            return 0
+        if not args.retry_rejects:
+            print(
+                f"{args.out}: already built; the pictures of {len(changed)} rejects changed since, "
+                f"the first of row {changed[0]['row']}; --retry-rejects judges them again"
+            )
+            return 0
+        reopen(source, out, arguments=arguments, shard_size=args.shard_size)
     try:
         if args.task and not _share_is_last(source, out, arguments, args):
             return 0
@@ -176,8 +202,8 @@ def _build(source: Source, out: Path, arguments: dict[str, Any], args: argparse.
             advance=lambda rows: progress.advance(task, rows),
         )
     print(f"{args.out}: {report.num_accepted} samples, {report.num_rejected} rejected")
-    for reason, count in report.rejected.most_common():
-        print(f"  {reason}: {count}")
+    for line in report.lines():
+        print(line)
     if report.reject_rate > args.max_reject_rate:
         print(
             f"{out / REJECTS_NAME}: {report.reject_rate:.1%} rejected, more than "

@@ -34,7 +34,10 @@ def _card(number: int, sample: Sample | BadSample) -> dict[str, object]:
         reason = [("bad", printable_lines(str(sample)))]
         return {"head": f"{number}", "pictures": [], "turns": reason, "answers": ""}
     turns = [
-        (message["role"], printable_lines(" ".join(_text(part) for part in message["content"])))
+        (
+            message["role"] if message.get("taught", True) else "context",
+            printable_lines(" ".join(_text(part) for part in message["content"])),
+        )
         for message in sample.messages
     ]
     return {

@@ -67,7 +67,8 @@ def example(sample: Sample) -> Table:
             part["text"] if part["type"] == "text" else "[image {}x{}]".format(*next(images).size)
             for part in message["content"]
         ]
-        table.add_row(message["role"], Text(printable(" ".join(parts))))
+        role = message["role"] + ("" if message.get("taught", True) else " (not taught)")
+        table.add_row(role, Text(printable(" ".join(parts))))
     return table
 
 

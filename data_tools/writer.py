@@ -10,7 +10,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ class ShardPart:
 
     records: one list of integers per sample in INDEX_DTYPE's order, with `shard` 0 and `kind` a
     number into `kinds`: both become final in publish_folder. entry is None for an empty shard.
+    counts: of its samples by key, in the sections of builder.SECTIONS.
     """
 
     entry: dict[str, Any] | None
     records: list[list[int]]
     kinds: list[str]
     rejects: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class ShardFile:
@@ -169,7 +171,12 @@ def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:06d}.tar"
 
 
-def publish_folder(directory: Path, parts: Sequence[ShardPart], build: dict[str, Any]) -> None:
+def publish_folder(
+    directory: Path,
+    parts: Sequence[ShardPart],
+    build: dict[str, Any],
+    counts: Mapping[str, dict[str, int]] | None = None,
+) -> None:
     """Write the index of all parts, in order, then the manifest with the build's arguments."""
     kinds: dict[str, int] = {}
     shards = [part for part in parts if part.entry is not None]
@@ -186,7 +193,7 @@ def publish_folder(directory: Path, parts: Sequence[ShardPart], build: dict[str,
         records,
         list(kinds),
         [part.entry for part in shards if part.entry],
-        {"build": build, "rejected": dict(sorted(rejected.items()))},
+        {"build": build, "rejected": dict(sorted(rejected.items())), **(counts or {})},
     )
 
 

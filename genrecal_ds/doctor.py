@@ -104,7 +104,7 @@ def models(case: Case) -> None:
 def tokenizers(case: Case) -> None:
     """Show the vocabularies and templates that every sample goes through."""
     from genrecal_ds.models.chat import ChatEncoder
-    from genrecal_ds.models.vlm import read_config
+    from genrecal_ds.models.config_file import read_config
     from genrecal_ds.training.inputs import allow_code
 
     for side, source in case.sources.items():
@@ -215,9 +215,10 @@ def _starts(case: Case, stage: StageConfig) -> None:
     """Check the folders that a stage names; folders of earlier stages do not exist yet."""
     import torch
 
+    from genrecal_ds.models.config_file import text_width
     from genrecal_ds.models.loading import Checkpoint, find_sources
     from genrecal_ds.models.recalibrator import check_recalibrator, unfilled
-    from genrecal_ds.models.vlm import skeleton, text_width
+    from genrecal_ds.models.vlm import skeleton
     from genrecal_ds.training.weights import refuse_other_architecture
 
     key = f"stages.{stage.name}"

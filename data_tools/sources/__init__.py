@@ -5,9 +5,9 @@ the options of data_tools.build that the format takes. A bad row is a SampleErro
 reason and the build goes on; an input that cannot be read at all is a UserError.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from genrecal_ds.data.decode import SampleError
 
@@ -20,7 +20,9 @@ class RawSample:
     """One conversation before it is written.
 
     images: (extension, encoded bytes) in the order of the messages' image parts. messages: HF
-    chat format. answers: accepted final answers, for scoring. source_id: what the source calls it.
+    chat format; `taught: False` on an answer that is context. answers: accepted final answers, for
+    scoring. source_id: what the source calls it. read, unread, blank: keys of the item, for the
+    build's closing table: read; not read; read, and holding "nan" or the like.
     """
 
     images: list[tuple[str, bytes]]
@@ -28,6 +30,49 @@ class RawSample:
     kind: str
     answers: list[str] = field(default_factory=list)
     source_id: str = ""
+    read: Sequence[str] = ()
+    unread: Sequence[str] = ()
+    blank: Sequence[str] = ()
+
+
+class Evidence(NamedTuple):
+    """A file that a verdict rests on, as it was; of a file that was not there, size is -1."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Picture(tuple[str, bytes]):
+    """(extension, encoded bytes), and where they came from."""
+
+    evidence: Evidence | None
+    converted: str  # from this format; "" for the source's own bytes
+
+    def __new__(
+        cls, extension: str, data: bytes, evidence: Evidence | None = None, converted: str = ""
+    ) -> "Picture":
+        picture = super().__new__(cls, (extension, data))
+        picture.evidence, picture.converted = evidence, converted
+        return picture
+
+
+class Rejected(SampleError):
+    """A bad row, and what is known of it: its id, and the files that its verdict rests on."""
+
+    def __init__(
+        self, reason: str, detail: str, *, source_id: str = "", inputs: Iterable[Evidence] = ()
+    ) -> None:
+        super().__init__(reason, detail)
+        self.source_id, self.inputs = source_id, tuple(inputs)
+
+
+def with_id(error: SampleError, source_id: str) -> SampleError:
+    """The error with an item's id, where it has none yet."""
+    if not source_id or (isinstance(error, Rejected) and error.source_id):
+        return error
+    inputs = error.inputs if isinstance(error, Rejected) else ()
+    return Rejected(error.reason, error.detail, source_id=source_id, inputs=inputs)
 
 
 class Source(Protocol):
@@ -64,6 +109,10 @@ def _text(text: str) -> dict[str, str]:
 class RowSource:
     """A Source whose rows are made one at a time; subclasses have name, digest, len and row."""
 
+    def source_id(self, number: int) -> str:
+        """What the source calls a row, whatever is wrong with it; "" where it has no name."""
+        return ""
+
     def row(self, number: int) -> RawSample:
         """Raises SampleError."""
         raise NotImplementedError
@@ -73,7 +122,7 @@ class RowSource:
             try:
                 yield self.row(number)
             except SampleError as error:
-                yield error
+                yield with_id(error, self.source_id(number))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources import RawSample, RowSource, assistant, user
-from data_tools.sources.answers import LETTERS, require_file, require_split, with_options
+from data_tools.sources.answers import (
+    LETTERS,
+    id_in,
+    keys_of,
+    require_file,
+    require_split,
+    with_options,
+)
 from data_tools.sources.files import ImageRoot, digest_files, field_of, read_json
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
@@ -49,6 +56,9 @@ class Ai2d(RowSource):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def source_id(self, number: int) -> str:
+        return id_in(self._rows[number][2], "questionId")
+
     def row(self, number: int) -> RawSample:
         name, text, facts = self._rows[number]
         options = field_of(facts, "answerTexts", list)
@@ -68,5 +78,6 @@ class Ai2d(RowSource):
             messages=[user(question, 1), assistant(LETTERS[correct])],
             kind=self.name,
             answers=[LETTERS[correct]],
-            source_id=str(facts.get("questionId", "")),
+            source_id=self.source_id(number),
+            **keys_of("answerTexts correctAnswer abcLabel questionId", facts),
         )

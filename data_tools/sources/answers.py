@@ -1,15 +1,17 @@
 """Checks and formats what benchmarks share: questions, human answers, lettered options."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from data_tools.sources.files import field_of
+from data_tools.sources.keys import METADATA
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = ascii_uppercase
 CHOOSE_LETTER = "Answer with the option's letter from the given choices directly."
 
 
@@ -40,6 +42,21 @@ def with_options(question: str, options: Sequence[str]) -> str:
     """The question, its options as lines `A. text`, and the instruction to answer a letter."""
     lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False)]
     return "\n".join([question, *lines, CHOOSE_LETTER])
+
+
+def keys_of(read: str, *rows: Mapping[str, Any]) -> dict[str, list[str]]:
+    """RawSample's `read` and `unread` for the rows of a benchmark; `read` names keys in a text."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    names = read.split()
+    return {
+        "read": [key for key in keys if key in names],
+        "unread": [key for key in keys if key not in names and key not in METADATA],
+    }
+
+
+def id_in(row: Any, *keys: str) -> str:
+    """An annotation's own id, of one key or several; "" where the row is no object."""
+    return "-".join(str(row.get(key, "")) for key in keys) if isinstance(row, dict) else ""
 
 
 def require_split(split: str, splits: Sequence[str], name: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources import SHORT_ANSWER, RawSample, RowSource, assistant, user
-from data_tools.sources.answers import require_file, require_split
+from data_tools.sources.answers import id_in, keys_of, require_file, require_split
 from data_tools.sources.files import ImageRoot, digest_files, field_of, read_json
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
@@ -38,6 +38,9 @@ class ChartQa(RowSource):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def source_id(self, number: int) -> str:
+        return f"{id_in(self._rows[number][2], 'imgname')}#{self._rows[number][1]}"
+
     def row(self, number: int) -> RawSample:
         half, place, row = self._rows[number]
         name = field_of(row, "imgname", str)
@@ -52,5 +55,6 @@ class ChartQa(RowSource):
             messages=[user(query + SHORT_ANSWER, 1), assistant(label)],
             kind=f"chartqa_{half}",
             answers=[label],
-            source_id=f"{name}#{place}",
+            source_id=self.source_id(number),
+            **keys_of("imgname query label", row),
         )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_tools.sources import SHORT_ANSWER, RawSample, RowSource, assistant, user
-from data_tools.sources.answers import question_of, require_split, strings_of
+from data_tools.sources.answers import id_in, keys_of, question_of, require_split, strings_of
 from data_tools.sources.files import ImageRoot, digest_files, field_of, read_json
 from genrecal_ds.errors import UserError
 
@@ -36,6 +36,9 @@ class DocVqa(RowSource):
     def __len__(self) -> int:
         return len(self._rows or [])
 
+    def source_id(self, number: int) -> str:
+        return id_in((self._rows or [])[number], "questionId")
+
     def row(self, number: int) -> RawSample:
         row = (self._rows or [])[number]
         name = field_of(row, "image", str)
@@ -45,5 +48,6 @@ class DocVqa(RowSource):
             messages=[user(question_of(row) + SHORT_ANSWER, 1), assistant(answers[0])],
             kind=self.name,
             answers=answers,
-            source_id=str(row.get("questionId", "")),
+            source_id=self.source_id(number),
+            **keys_of("image question answers questionId", row),
         )

@@ -6,21 +6,16 @@ conversations need megabytes, not gigabytes. An array's text is held once, while
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.sources import RawSample, RowSource
-from data_tools.sources.conversations import (
-    id_of,
-    images_of,
-    kind_of,
-    scored_answers,
-    to_messages,
-)
 from data_tools.sources.files import ImageRoot, digest_files
+from data_tools.sources.items import Items
+from data_tools.sources.pictures import PictureReader
 from genrecal_ds.data.decode import SampleError, parse_json
 from genrecal_ds.errors import UserError
 
@@ -28,12 +23,15 @@ MAX_ROW_BYTES = 2**24
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's; \s has more, of several bytes each
 
 
-def open_source(path: str, *, images: str | None = None) -> "Llava":
+def open_source(
+    path: str, *, images: str | None = None, ignore: Sequence[str] = (), links: str | None = None
+) -> "Llava":
     """path: a .json or .jsonl file. images: the pictures' root; default the file's folder.
 
-    Raises UserError for an unreadable file, and for an array that is not JSON.
+    ignore: keys to leave out. links: see ImageRoot. Raises UserError for an unreadable file, and
+    for an array that is not JSON.
     """
-    return Llava(Path(path), images)
+    return Llava(Path(path), images, ignore, links)
 
 
 class Llava(RowSource):
@@ -41,11 +39,14 @@ class Llava(RowSource):
 
     name = "llava"
 
-    def __init__(self, path: Path, images: str | None) -> None:
+    def __init__(
+        self, path: Path, images: str | None, ignore: Sequence[str], links: str | None
+    ) -> None:
         if not path.is_file():
             raise UserError(f"{path}: no such file; name a .json or .jsonl of conversations")
         self.path = path
-        self.images = ImageRoot(images or path.parent)
+        reader = PictureReader(ImageRoot(images or path.parent, links))
+        self._items = Items(self.name, str(path), reader, ignore)
         self.digest = digest_files([path])
         spans = _line_spans(path) if path.suffix == ".jsonl" else _array_spans(path)
         self._spans = np.fromiter(chain.from_iterable(spans), np.int64).reshape(-1, 2)
@@ -59,17 +60,7 @@ class Llava(RowSource):
             raise SampleError("record_bytes", f"{end - start} bytes, limit {MAX_ROW_BYTES}")
         with self.path.open("rb") as file:
             file.seek(start)
-            item = parse_json(file.read(end - start))
-        if not isinstance(item, dict):
-            raise SampleError("row", f"{item!r:.80} is not an object")
-        pictures = [self.images.read(name) for name in images_of(item)]
-        return RawSample(
-            images=pictures,
-            messages=to_messages(item, len(pictures)),
-            kind=kind_of(item, "llava"),
-            answers=scored_answers(item),
-            source_id=id_of(item),
-        )
+            return self._items.sample(parse_json(file.read(end - start), allow_nan=True))
 
 
 def _line_spans(path: Path) -> Iterator[tuple[int, int]]:

@@ -8,37 +8,31 @@ fetched.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_tools.sources import RawSample
-from data_tools.sources.conversations import (
-    id_of,
-    images_of,
-    kind_of,
-    scored_answers,
-    to_messages,
-)
-from data_tools.sources.files import read_json, with_extension
+from data_tools.sources.files import read_json
+from data_tools.sources.items import READ_KEYS, TEACHING_KEYS, Items
+from data_tools.sources.keys import METADATA, is_content
+from data_tools.sources.pictures import NAME_KEYS, PICTURE_KEYS, PictureReader
+from data_tools.sources.splits import choose, files_of
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
 
 BATCH_ROWS = 16
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-COLUMNS = (
-    "id", "image", "images", "conversations", "messages", "question", "answer", "answers",
-    "data_source", "source", "kind",
-)  # fmt: skip
+COLUMNS = READ_KEYS | {*PICTURE_KEYS, *NAME_KEYS}
 
 
-def open_source(path: str, *, split: str | None = None) -> "Parquet":
-    """path: a .parquet file, a folder of them, or a save_to_disk folder (split: of a DatasetDict).
+def open_source(path: str, *, split: str | None = None, ignore: Sequence[str] = ()) -> "Parquet":
+    """path: a .parquet file, a folder of them, or a save_to_disk folder.
 
-    Columns: image or images (struct {bytes, path}, a list of those, or bytes), and conversations,
-    messages, or question with answer(s); id, data_source optional.
+    split: of a DatasetDict or of a folder as hubs lay it out. ignore: columns to leave out.
+    Columns: pictures (struct {bytes, path}, a list of those, or bytes), and turns or a question.
     """
-    return Parquet(Path(path), split)
+    return Parquet(Path(path), split, ignore)
 
 
 class Facts(NamedTuple):
@@ -53,7 +47,7 @@ class Layout(NamedTuple):
     """How one kind of file is read: its facts, and its rows [low, high)."""
 
     facts: Callable[[Path], Facts]
-    rows: Callable[[Path, int, int], Iterator[dict[str, Any] | SampleError]]
+    rows: Callable[[Path, int, int, Sequence[str]], Iterator[dict[str, Any] | SampleError]]
 
 
 class Parquet:
@@ -66,13 +60,16 @@ class Parquet:
 
     name = "parquet"
 
-    def __init__(self, path: Path, split: str | None) -> None:
+    def __init__(self, path: Path, split: str | None, ignore: Sequence[str] = ()) -> None:
         files, self._layout = _files(path, split)
+        self._ignored = frozenset(ignore)
+        self._items = Items(self.name, str(path), PictureReader(None), ignore)
         self._files = [(file, self._layout.facts(file)) for file in files]
         columns = {name for _, facts in self._files for name in facts.columns}
-        if not {"conversations", "messages", "question"} & columns:
+        if not TEACHING_KEYS & columns:
             raise UserError(
-                f"{path}: needs a column conversations, messages or question; has {sorted(columns)}"
+                f"{path}: needs a column conversations, messages, texts, question or caption; has "
+                f"{sorted(columns)}"
             )
         digest = hashlib.sha256()
         for file, facts in self._files:
@@ -88,16 +85,24 @@ class Parquet:
         for file, facts in self._files:
             low, high = max(start - first, 0), min(stop - first, facts.num_rows)
             if low < high:
-                yield from self._rows_of(file, low, high)
+                yield from self._rows_of(file, facts, low, high)
             first += facts.num_rows
 
-    def _rows_of(self, file: Path, low: int, high: int) -> Iterator[RawSample | SampleError]:
+    def _rows_of(
+        self, file: Path, facts: Facts, low: int, high: int
+    ) -> Iterator[RawSample | SampleError]:
+        # what is neither read nor looks like content is not even loaded
+        wanted = [name for name in facts.columns if name not in self._ignored and is_wanted(name)]
+        unread = sorted(set(facts.columns) - set(wanted) - METADATA)
         num_rows = 0
         try:
-            for item in self._layout.rows(file, low, high):
+            for item in self._layout.rows(file, low, high, wanted):
                 num_rows += 1
                 try:
-                    yield item if isinstance(item, SampleError) else _sample(item)
+                    if isinstance(item, SampleError):
+                        yield item
+                    else:
+                        yield self._items.sample(item, unread=unread)
                 except SampleError as error:
                     yield error
         except (_arrow().ArrowException, OSError, UnicodeDecodeError) as error:
@@ -111,24 +116,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _sample(item: dict[str, Any]) -> RawSample:
-    item = {key: value for key, value in item.items() if value is not None}
-    pictures = [_picture(value) for value in images_of(item)]
-    return RawSample(
-        images=pictures,
-        messages=to_messages(item, len(pictures)),
-        kind=kind_of(item, "parquet"),
-        answers=scored_answers(item),
-        source_id=id_of(item),
-    )
-
-
-def _picture(value: Any) -> tuple[str, bytes]:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(data, bytes) or not data:
-        path = value.get("path") if isinstance(value, dict) else None
-        raise SampleError("image_missing", f"no bytes in the row (path {path!r:.120})")
-    return with_extension(data)
+def is_wanted(column: str) -> bool:
+    """Whether a column is loaded: what is read, and what must not be lost in silence."""
+    return column in COLUMNS or column in METADATA or is_content(column)
 
 
 def _arrow() -> Any:
@@ -147,23 +137,23 @@ def _files(path: Path, split: str | None) -> tuple[list[Path], Layout]:
     """The data files in order, and how to read them."""
     if (path / "dataset_dict.json").is_file():
         splits = [str(name) for name in _listed(path / "dataset_dict.json", "splits")]
-        if split not in splits:
-            raise UserError(f"{path}: a DatasetDict; choose --split of {', '.join(splits)}")
-        path = path / _plain_name(path, str(split))
-    elif split is not None:
-        raise UserError(f"--split {split}: {path} is no DatasetDict; leave --split out")
+        folders = {name: [path / _plain_name(path, name)] for name in splits}
+        chosen = choose(path, folders, split)
+        return [file for folder in chosen for file in _saved_files(folder)], _ARROW
     if (path / "state.json").is_file():
-        entries = _listed(path / "state.json", "_data_files")
-        names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
-        files = [path / _plain_name(path, name) for name in names]
-        layout = Layout(_arrow_facts, _arrow_rows)
-    else:
-        files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-        layout = Layout(_parquet_facts, _parquet_rows)
+        return choose(path, {"": _saved_files(path)}, split), _ARROW
+    return files_of(path, ".parquet", split), _PARQUET
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of one save_to_disk folder."""
+    entries = _listed(folder / "state.json", "_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+    files = [folder / _plain_name(folder, name) for name in names]
     if not files or not all(file.is_file() for file in files):
-        missing = [file.name for file in files if not file.is_file()] or "any .parquet file"
-        raise UserError(f"{path}: lacks {missing}; name a .parquet file or a folder of them")
-    return files, layout
+        missing = [file.name for file in files if not file.is_file()] or "any file"
+        raise UserError(f"{folder}: lacks {missing}; save the dataset again")
+    return files
 
 
 def _listed(path: Path, key: str) -> list[Any]:
@@ -195,12 +185,13 @@ def _parquet_facts(path: Path) -> Facts:
         raise UserError(f"{path}: not a parquet file: {_one_line(error)}; fetch it again") from None
 
 
-def _parquet_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any] | SampleError]:
+def _parquet_rows(
+    path: Path, low: int, high: int, columns: Sequence[str]
+) -> Iterator[dict[str, Any] | SampleError]:
     arrow = _arrow()
     # not mapped, a whole column chunk is read at once, which is a row group's pictures; with
     # buffer_size, mapped or not, still a whole page of them
     with arrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
-        columns = [name for name in file.schema_arrow.names if name in COLUMNS]
         groups: list[int] = []
         first = skip = 0
         for group in range(file.num_row_groups):
@@ -209,7 +200,7 @@ def _parquet_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any] | 
                 skip = low - first if not groups else skip
                 groups.append(group)
             first += rows
-        batches = file.iter_batches(BATCH_ROWS, groups, columns, use_threads=False)
+        batches = file.iter_batches(BATCH_ROWS, groups, list(columns), use_threads=False)
         yield from _wanted(batches, skip, high - low)
 
 
@@ -238,12 +229,13 @@ def _arrow_facts(path: Path) -> Facts:
     return Facts(num_rows, columns, stamp)
 
 
-def _arrow_rows(path: Path, low: int, high: int) -> Iterator[dict[str, Any] | SampleError]:
+def _arrow_rows(
+    path: Path, low: int, high: int, columns: Sequence[str]
+) -> Iterator[dict[str, Any] | SampleError]:
     """A memory-mapped stream: passing over a batch touches its header only."""
     with _arrow().memory_map(str(path)) as source, _open_stream(source) as stream:
-        columns = [name for name in stream.schema.names if name in COLUMNS]
         small = (
-            batch.select(columns).slice(first, BATCH_ROWS)
+            batch.select(list(columns)).slice(first, BATCH_ROWS)
             for batch in stream
             for first in range(0, batch.num_rows, BATCH_ROWS)
         )
@@ -272,3 +264,7 @@ def _dicts(batch: Any) -> list[dict[str, Any] | SampleError]:
         if batch.num_rows == 1:
             return [SampleError("arrow_data", _one_line(error))]
         return [row for number in range(batch.num_rows) for row in _dicts(batch.slice(number, 1))]
+
+
+_PARQUET = Layout(_parquet_facts, _parquet_rows)
+_ARROW = Layout(_arrow_facts, _arrow_rows)

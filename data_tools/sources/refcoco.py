@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources import RawSample, RowSource, assistant, user
-from data_tools.sources.answers import require_file
+from data_tools.sources.answers import id_in, keys_of, require_file
 from data_tools.sources.files import ImageRoot, digest_files, field_of, read_json
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
@@ -63,6 +63,11 @@ class RefCoco(RowSource):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def source_id(self, number: int) -> str:
+        return "-".join(
+            (id_in(self._rows[number][0], "ref_id"), id_in(self._rows[number][1], "sent_id"))
+        )
+
     def row(self, number: int) -> RawSample:
         ref, sentence = self._rows[number]
         text = field_of(sentence, "sent", str).strip()
@@ -76,7 +81,8 @@ class RefCoco(RowSource):
             messages=[user(PROMPT + text, 1), assistant(_shown(box, 2))],
             kind=self.name,
             answers=[_shown(box, 4)],
-            source_id=f"{ref.get('ref_id', '')}-{sentence.get('sent_id', '')}",
+            source_id=self.source_id(number),
+            **keys_of("sentences image_id ann_id split ref_id sent_id sent", ref, sentence),
         )
 
 

@@ -4,11 +4,9 @@ One pass finds where the records begin, because a field may hold line breaks. A 
 again when it is read.
 """
 
-import base64
-import binascii
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,27 @@ from typing import Any
 import numpy as np
 
 from data_tools.sources import RawSample, RowSource
-from data_tools.sources.answers import LETTERS, with_options
-from data_tools.sources.conversations import to_messages
-from data_tools.sources.files import ImageRoot, digest_files, with_extension
-from genrecal_ds.data.decode import MAX_IMAGE_BYTES, SampleError
+from data_tools.sources.files import ImageRoot, digest_files
+from data_tools.sources.items import TEACHING_KEYS, Items, named
+from data_tools.sources.keys import is_blank
+from data_tools.sources.pictures import MAX_BASE64_CHARS, MIN_BASE64_CHARS, PictureReader
+from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-MAX_FIELD_CHARS = MAX_IMAGE_BYTES * 4 // 3 + 1024
-MIN_BASE64_CHARS = 64  # shorter: a file's name; no picture is that small
+MAX_FIELD_CHARS = 8 * MAX_BASE64_CHARS  # a field may hold a list of pictures
 
 
-def open_source(path: str, *, images: str | None = None) -> "Table":
+def open_source(
+    path: str, *, images: str | None = None, ignore: Sequence[str] = (), links: str | None = None
+) -> "Table":
     """path: a .csv or .tsv in UTF-8 with a header. images: root of the paths in column image.
 
-    Columns: question; answer, or answers as a JSON list; optional image (a path, base64 or a
-    data: URI), id or index, kind or category, hint, and options A, B, C, ... whose answer is a
-    letter. Raises UserError for another header.
+    Columns: question; answer, or answers as a JSON list; optional pictures (paths, base64, data:
+    URIs, or lists of them), id or index, kind or category, hint, and options: A, B, C, ... or a
+    list. ignore: columns to leave out. links: see ImageRoot. Raises UserError for another header.
     """
-    return Table(Path(path), images)
+    return Table(Path(path), images, ignore, links)
 
 
 class Table(RowSource):
@@ -42,12 +42,17 @@ class Table(RowSource):
 
     name = "table"
 
-    def __init__(self, path: Path, images: str | None) -> None:
+    def __init__(
+        self, path: Path, images: str | None, ignore: Sequence[str], links: str | None
+    ) -> None:
         if path.suffix.lower() not in DELIMITERS or not path.is_file():
             raise UserError(f"{path}: no such .csv or .tsv file")
         self.path, self.delimiter = path, DELIMITERS[path.suffix.lower()]
         self.digest = digest_files([path])
-        self.images = ImageRoot(images or path.parent)
+        root = ImageRoot(images or path.parent, links)
+        self._root = root
+        self._items = Items(self.name, str(path), PictureReader(root), ignore)
+        self._rows_by_index: dict[str, int] | None = None
         with _long_fields():
             starts = self._starts()
         self._offsets = np.array(starts, np.int64)
@@ -77,42 +82,52 @@ class Table(RowSource):
 
     def _checked_header(self, header: list[str]) -> list[str]:
         columns = [name.strip() for name in header]
-        if "question" not in columns or not {"answer", "answers"} & set(columns):
+        is_question = "question" in columns and {"answer", "answers"} & set(columns)
+        if not is_question and not (TEACHING_KEYS - {"question"}) & set(columns):
             raise UserError(f"{self.path}: needs columns question and answer, has {header}")
         if twice := sorted({name for name in columns if columns.count(name) > 1}):
             raise UserError(f"{self.path}: columns {twice} come twice; rename one of each")
         return columns
 
     def row(self, number: int) -> RawSample:
+        item = self._record(number)
+        kind = item.get("kind") or item.pop("category", "") or self.name
+        identity = item.get("id") or item.get("index") or ""
+        with named(identity):
+            if "question" in item or not (TEACHING_KEYS & item.keys()):
+                item["question"] = _question(item)
+                item["answers" if "answers" in item else "answer"] = _answers(item)
+            if isinstance(picture := item.get("image"), str):
+                item["image"] = self._image(picture.strip())
+        own = {"id": identity, "kind": kind, "source": None, "data_source": None}
+        return self._items.sample({**item, **own})
+
+    def _record(self, number: int) -> dict[str, Any]:
+        """The fields of a row that are not empty."""
         start, end = map(int, self._offsets[number : number + 2])
         with _long_fields():
             lines = _Lines(self.path, start, end)
             record = next(csv.reader(lines, delimiter=self.delimiter, strict=True))
         if len(record) != len(self.columns):
             raise SampleError("columns", f"{len(record)} fields, the header has {self.columns}")
-        row = dict(zip(self.columns, record, strict=True))
-        question, answers = _question(row), _answers(row)
-        picture = row.get("image", "").strip()
-        images = [self._image(picture)] if picture else []
-        return RawSample(
-            images=images,
-            messages=to_messages({"question": question, "answers": answers}, len(images)),
-            kind=row.get("kind") or row.get("category") or self.name,
-            answers=answers,
-            source_id=row.get("id") or row.get("index") or "",
-        )
+        fields = zip(self.columns, record, strict=True)
+        return {name: value for name, value in fields if value.strip()}
 
-    def _image(self, value: str) -> tuple[str, bytes]:
-        if value.startswith("data:"):
-            head, _, body = value.partition(",")
-            if not (head.startswith("data:image/") and head.endswith(";base64")):
-                raise SampleError("image_base64", f"{head!r:.60} is not data:image/...;base64")
-            return _decoded(body)
-        if "://" in value[:16]:
-            raise SampleError("image_path", f"{value!r:.80}: nothing is fetched from a URL")
-        suffix = value[-5:].lower()
-        is_name = len(value) < MIN_BASE64_CHARS or "." in suffix
-        return self.images.read(value) if is_name else _decoded(value)
+    def _image(self, value: str) -> str:
+        """The picture of a field; VLMEvalKit writes the index of the row that holds it."""
+        if not (value.isdigit() and len(value) < MIN_BASE64_CHARS and "index" in self.columns):
+            return value
+        if self._root.has(value):
+            return value
+        if self._rows_by_index is None:
+            found = enumerate(self._record(number).get("index") for number in range(len(self)))
+            self._rows_by_index = {index: number for number, index in found if index}
+        if value not in self._rows_by_index:
+            raise SampleError("image_missing", f"image {value!r}: no row of that index")
+        other = self._record(self._rows_by_index[value]).get("image", "")
+        if len(other) < MIN_BASE64_CHARS and "." not in other:
+            raise SampleError("image_missing", f"image {value!r}: the row of that index has none")
+        return str(other)
 
 
 class _Lines:
@@ -143,53 +158,26 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _decoded(text: str) -> tuple[str, bytes]:
-    if len(text) > MAX_FIELD_CHARS:
-        raise SampleError("image_bytes", f"{len(text)} characters of base64")
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise SampleError("image_base64", str(error)) from error
-    return with_extension(data)
-
-
-def _question(row: dict[str, str]) -> str:
-    """Return the question with hint and options. Raises SampleError question, options."""
-    question = row["question"].strip()
-    if not question:
+def _question(item: dict[str, Any]) -> str:
+    question = str(item.get("question", "")).strip()
+    if is_blank(question):
         raise SampleError("question", "the question is empty")
-    if hint := row.get("hint", "").strip():
-        question = f"{hint}\n{question}"
-    options = _options(row)
-    if not all(options):
-        # closing the gap would give the later options other letters than the answer means
-        raise SampleError("options", f"option {LETTERS[options.index('')]} is empty")
-    return with_options(question, options) if options else question
+    return question
 
 
-def _options(row: dict[str, str]) -> list[str]:
-    """Return the options A, B, C, ... up to the last one that is not empty."""
-    options = [row.get(letter, "").strip() for letter in LETTERS]
-    while options and not options[-1]:
-        options.pop()
-    return options
-
-
-def _answers(row: dict[str, str]) -> list[str]:
-    if listed := row.get("answers", "").strip():
+def _answers(item: dict[str, Any]) -> list[str]:
+    """The answers of a row, of which the first is taught. Raises SampleError answer."""
+    if listed := item.get("answers"):
         try:
             answers: Any = json.loads(listed)
         except (ValueError, RecursionError) as error:
             raise SampleError("answer", f"answers is not a JSON list: {error}") from error
     else:
-        answers = [row.get("answer", "").strip()]
+        answers = [item.get("answer", "").strip()]
     if (
         not isinstance(answers, list)
         or not answers
-        or not all(isinstance(answer, str) and answer.strip() for answer in answers)
+        or not all(isinstance(answer, str) and not is_blank(answer) for answer in answers)
     ):
         raise SampleError("answer", f"{answers!r:.80}")
-    letters = LETTERS[: len(_options(row))]
-    if letters and not all(answer in letters for answer in answers):
-        raise SampleError("answer", f"{answers!r:.80}: the options are {letters}")
     return answers

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from data_tools.sources import SHORT_ANSWER, RawSample, RowSource, assistant, user
 from data_tools.sources.answers import (
+    id_in,
+    keys_of,
     most_frequent,
     question_of,
     require_file,
@@ -40,6 +42,9 @@ class TextVqa(RowSource):
     def __len__(self) -> int:
         return len(self._rows or [])
 
+    def source_id(self, number: int) -> str:
+        return id_in((self._rows or [])[number], "question_id")
+
     def row(self, number: int) -> RawSample:
         row = (self._rows or [])[number]
         image_id = field_of(row, "image_id", str)
@@ -51,5 +56,6 @@ class TextVqa(RowSource):
             messages=[user(question_of(row) + SHORT_ANSWER, 1), assistant(most_frequent(answers))],
             kind=self.name,
             answers=answers,
-            source_id=str(row.get("question_id", "")),
+            source_id=self.source_id(number),
+            **keys_of("image_id question answers question_id", row),
         )

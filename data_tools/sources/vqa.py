@@ -4,12 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.sources import SHORT_ANSWER, RawSample, RowSource, assistant, user
-from data_tools.sources.answers import most_frequent, question_of, require_file, require_split
+from data_tools.sources.answers import (
+    id_in,
+    keys_of,
+    most_frequent,
+    question_of,
+    require_file,
+    require_split,
+)
 from data_tools.sources.files import ImageRoot, digest_files, field_of, read_json
 from genrecal_ds.data.decode import SampleError
 from genrecal_ds.errors import UserError
 
 SPLITS = ("train", "val")
+READ = "question question_id image_id answers multiple_choice_answer"
 
 
 def open_vqav2(path: str, *, split: str = "train", images: str | None = None) -> "Vqa":
@@ -52,6 +60,9 @@ class Vqa(RowSource):
     def __len__(self) -> int:
         return len(self._questions)
 
+    def source_id(self, number: int) -> str:
+        return id_in(self._questions[number], "question_id")
+
     def row(self, number: int) -> RawSample:
         row = self._questions[number]
         key = row.get("question_id")
@@ -74,7 +85,8 @@ class Vqa(RowSource):
             messages=[user(question_of(row) + SHORT_ANSWER, 1), assistant(taught)],
             kind=self.name,
             answers=answers,
-            source_id=str(key),
+            source_id=self.source_id(number),
+            **keys_of(READ, row, annotation),
         )
 
 

@@ -32,9 +32,10 @@ from genrecal_ds.data.pair import Pair
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat import ChatEncoder
+from genrecal_ds.models.config_file import read_config
 from genrecal_ds.models.head import load_frozen_head
 from genrecal_ds.models.recalibrator import Recalibrator, load_recalibrator
-from genrecal_ds.models.vlm import VLM, TeacherBody, load_vlm, read_config
+from genrecal_ds.models.vlm import VLM, TeacherBody, load_vlm
 from genrecal_ds.ops.head_loss import Head, head_loss
 
 NUM_COSINES = 10  # the paper's figure 7 is a 10 x 10 matrix

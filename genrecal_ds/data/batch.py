@@ -75,6 +75,7 @@ class PairBatch(NamedTuple):
     turns_of: tuple[int, ...] = ()
     unusable_ids: tuple[int, ...] = ()
     unusable: tuple[str, ...] = ()  # reasons of samples that this pair cannot learn from
+    unusable_keys: tuple[str, ...] = ()  # and their keys
     unreadable: tuple[str, ...] = ()  # damaged ones, by shard and key
     shared_bytes: SharedBytes | None = None
 

@@ -21,6 +21,8 @@ MAX_ASPECT = 200  # longer side over shorter; Qwen's processors refuse more
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_RECORD_BYTES = 4 * 2**20
 IMAGE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
+# Not in shards: a build converts them.
+OTHER_FORMATS = {"gif": "GIF", "bmp": "BMP", "tiff": "TIFF", "avif": "AVIF", "heic": "HEIF"}
 ROLES = ("system", "user", "assistant")
 RECORD_KEYS = frozenset({"messages", "kind", "answers", "source", "source_id"})
 
@@ -87,14 +89,16 @@ def decode_record(data: bytes) -> Record:
     )
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, *, allow_nan: bool = False) -> Any:
     """Strict JSON: UTF-8 without BOM, no NaN, no key twice in an object, no endless nesting.
 
-    Raises SampleError (text_encoding, record_json, record_depth).
+    allow_nan: as numbers, for other people's files, whose metadata may hold it. Raises
+    SampleError (text_encoding, record_json, record_depth).
     """
     try:
         text = data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        constant = float if allow_nan else _no_constant
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant)
     except UnicodeDecodeError as error:
         raise SampleError("text_encoding", f"json is not UTF-8: {error}") from error
     except RecursionError as error:
@@ -112,10 +116,19 @@ def decode_image(data: bytes, extension: str) -> Image.Image:
     """
     if extension not in IMAGE_FORMATS:
         raise SampleError("image_format", f"{extension!r} is not one of {sorted(IMAGE_FORMATS)}")
+    return _decode(data, IMAGE_FORMATS[extension])
+
+
+def decode_other(data: bytes, name: str) -> Image.Image:
+    """Decode a picture of OTHER_FORMATS as decode_image does: of several frames the first."""
+    return _decode(data, OTHER_FORMATS[name])
+
+
+def _decode(data: bytes, pillow_format: str) -> Image.Image:
     if len(data) > MAX_IMAGE_BYTES:
         raise SampleError("image_bytes", f"{len(data)} bytes, limit {MAX_IMAGE_BYTES}")
     try:
-        image = Image.open(io.BytesIO(data), formats=(IMAGE_FORMATS[extension],))
+        image = Image.open(io.BytesIO(data), formats=(pillow_format,))
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise SampleError("image_pixels", f"{width}x{height} pixels, limit {MAX_PIXELS}")
@@ -126,7 +139,7 @@ def decode_image(data: bytes, extension: str) -> Image.Image:
         # exif_transpose always copies, so the result is detached from the file's plug-in
         return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise SampleError("image_format", f"bytes are not {IMAGE_FORMATS[extension]}") from error
+        raise SampleError("image_format", f"bytes are not {pillow_format}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SampleError("image_pixels", str(error)) from error
     except _PILLOW_ERRORS as error:
@@ -134,6 +147,8 @@ def decode_image(data: bytes, extension: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise SampleError("image_mode", "floating point pixels have no defined colour")
     if image.mode.startswith("I"):
         # convert("RGB") would clip 16-bit values to white
         grey = np.asarray(image).astype(np.int64) >> 8
@@ -152,12 +167,15 @@ def _check_messages(messages: Any) -> tuple[int, int]:
         raise SampleError("messages", "messages is not a list of turns, or is empty")
     num_images = text_bytes = 0
     for turn, message in enumerate(messages):
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+        if not isinstance(message, dict) or message.keys() - {"taught"} != {"role", "content"}:
             raise SampleError("turn", f"turn {turn}: need exactly role and content")
         if message["role"] not in ROLES:
             raise SampleError("role", f"turn {turn}: role {message['role']!r} not in {ROLES}")
         if not isinstance(message["content"], list) or not message["content"]:
             raise SampleError("content", f"turn {turn}: content is not a list of parts")
+        is_context = message.get("role") == "assistant" and message.get("taught") is False
+        if "taught" in message and not is_context:
+            raise SampleError("taught", f"turn {turn}: only an answer has taught, and only false")
         images, turn_bytes = _check_parts(message["content"], turn)
         if message["role"] == "assistant" and turn_bytes == 0:
             raise SampleError("empty_answer", f"turn {turn}: assistant turn without text")
@@ -166,6 +184,8 @@ def _check_messages(messages: Any) -> tuple[int, int]:
         raise SampleError("no_assistant", "no assistant turn")
     if messages[-1]["role"] != "assistant":
         raise SampleError("last_turn", f"last turn is {messages[-1]['role']}, not assistant")
+    if "taught" in messages[-1]:
+        raise SampleError("last_turn", "the last turn is an answer that is not taught")
     return num_images, text_bytes
 
 

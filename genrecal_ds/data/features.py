@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genrecal_ds.data.pair import EncodedChat
+from genrecal_ds.data.pair import EncodedChat, is_taught
 from genrecal_ds.errors import UserError
 
 IDENTITY = "identity.json"
@@ -61,7 +61,7 @@ class CachedView:
         rows; last_turn: those of the last turn of `messages` alone."""
         rows, tokens, lengths = self.features
         if last_turn:
-            turn = sum(message["role"] == "assistant" for message in messages) - 1
+            turn = sum(map(is_taught, messages)) - 1
             start = sum(lengths[:turn]) + turn
             end, lengths = start + 1 + lengths[turn], lengths[turn : turn + 1]
             rows, tokens = rows[start:end], tokens[start:end]

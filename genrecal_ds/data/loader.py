@@ -140,7 +140,8 @@ class PairDataset(Dataset):
         """
         real = tuple(slot for slot in slots if slot != PADDING)
         pairs: list[Pair] = []
-        used, turns_of, unusable, unusable_ids, unreadable = [], [], [], [], []
+        used, turns_of, unreadable = [], [], []
+        unusable, unusable_ids, unusable_keys = [], [], []
         for slot, sample in zip(real, self.reader.read_many(real), strict=True):
             if isinstance(sample, BadSample):
                 unreadable.append(str(sample))
@@ -158,10 +159,11 @@ class PairDataset(Dataset):
             except Unusable as error:
                 unusable.append(str(error))
                 unusable_ids.append(slot)
+                unusable_keys.append(sample.key)
         return self.collate(pairs)._replace(
             num_samples=len(used), sample_ids=real, used_ids=tuple(used), turns_of=tuple(turns_of),
             unusable=tuple(unusable), unusable_ids=tuple(unusable_ids),
-            unreadable=tuple(unreadable),
+            unusable_keys=tuple(unusable_keys), unreadable=tuple(unreadable),
         )  # fmt: skip
 
     def collate(self, pairs: list[Pair]) -> PairBatch:

@@ -111,7 +111,7 @@ def encode_pairs(
     if not any(encoder.rewrites(messages) for encoder in encoders.values()):
         return [encode_pair(messages, images, encoders, too_long)]
     pairs: list[Pair] = []
-    num_turns = sum(message["role"] == "assistant" for message in messages)
+    num_turns = sum(map(is_taught, messages))
     for turn in range(1, num_turns + 1):
         part = first_turns(messages, turn)
         try:
@@ -221,8 +221,13 @@ def _shorten_questions(
     return None
 
 
+def is_taught(message: dict[str, Any]) -> bool:
+    """Whether a message is an answer to learn; one with `taught: False` is part of a question."""
+    return message["role"] == "assistant" and message.get("taught", True)
+
+
 def first_turns(messages: Messages, num_turns: int) -> Messages:
-    """The chat up to its num_turns-th answer."""
+    """The chat up to its num_turns-th taught answer."""
     rest = _after_turns(messages, num_turns)
     return messages[: len(messages) - len(rest)]
 
@@ -230,7 +235,7 @@ def first_turns(messages: Messages, num_turns: int) -> Messages:
 def _after_turns(messages: Messages, num_turns: int) -> Messages:
     answered = 0
     for position, message in enumerate(messages):
-        answered += message["role"] == "assistant"
+        answered += is_taught(message)
         if answered == num_turns:
             return messages[position + 1 :]
     return []

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
+from genrecal_ds.models.config_file import read_config, text_width
 from genrecal_ds.models.lora import add_adapters
-from genrecal_ds.models.recalibrator import choose_blocks, unfilled
-from genrecal_ds.models.vlm import VLM, read_config, text_width
+from genrecal_ds.models.recalibrator import blocks_of, choose_blocks, unfilled
+from genrecal_ds.models.vlm import VLM
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.stage_config import StageConfig
 
@@ -14,7 +15,7 @@ from genrecal_ds.recipe.stage_config import StageConfig
 def describe_blocks(recipe: Recipe) -> str:
     """Name the Recalibrator's blocks and attention. Raises UserError if they cannot run."""
     text_config = read_config(recipe.student.path).get_text_config()
-    choice, family = recipe.recalibrator, text_config.model_type
+    choice, family = recipe.recalibrator, blocks_of(text_config.model_type)
     attention = choose_blocks(family, choice.blocks, choice.attention)
     if attention is None:
         return f"transformers' own {family} blocks, sequences padded"

@@ -19,12 +19,12 @@ from transformers import GenerationConfig, PreTrainedConfig, ProcessorMixin
 from genrecal_ds.data.pair import EncodedChat, Messages, Unusable
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.chat_template import ChatTemplate
-from genrecal_ds.models.families import FAMILIES
+from genrecal_ds.models.config_file import read_config
+from genrecal_ds.models.families import family_of
 from genrecal_ds.models.marked_chat import PROBE
 from genrecal_ds.models.processors import backend, load_processor
 from genrecal_ds.models.template_files import read_template
 from genrecal_ds.models.tokenizer_files import check_embedding
-from genrecal_ds.models.vlm import read_config
 
 # Tokens of pictures, films and sounds, as processors and configs name them.
 MODALITY = re.compile(r"image|img|video|audio|vision|visual|frame|boi|eoi|boa|eoa|speech")
@@ -38,7 +38,7 @@ class ChatEncoder:
         config = read_config(folder)  # first: it refuses what must not be opened any further
         self.processor = load_processor(folder)
         self.tokenizer = self.processor.tokenizer
-        self.family = FAMILIES[config.model_type]
+        self.family = family_of(config.model_type)
         rules, self.is_prefix_lm = self.family.vision_inputs, self.family.prefix_lm
         self.reads_images = bool(rules)
         self.pixels = backend(config.model_type)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from genrecal_ds.data.pair import Messages, Unusable
+from genrecal_ds.data.pair import Messages, Unusable, is_taught
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.marked_chat import (
     LED,
@@ -85,6 +85,7 @@ class ChatTemplate:
         last_turn: teach the last turn alone; earlier turns may be rewritten.
         """
         chat = read_chat(messages)
+        taught = {turn for turn, message in enumerate(messages) if is_taught(message)}
         form = self._form(chat)
         if form.is_rewritten and not last_turn:
             raise Unusable("the template rewrites earlier turns")
@@ -97,12 +98,14 @@ class ChatTemplate:
             written = as_written(piece.text, behind, text, place)
             if written is None:
                 raise Unusable(f"the template alters {NAMES.get(piece.role, piece.role)}")
-            if number in form.leads:
+            if number in form.leads and piece.turn in taught:
                 starts.append(len(whole) - form.leads[number])
             whole += written + (self.appended if piece.is_answer else "") + behind
             place += len(written + behind)
         if place != len(text):
             raise Unusable("the template writes a text by its words")
+        if not starts:
+            raise Unusable("no answer is taught")
         return Rendered(whole, tuple(starts[-1:] if last_turn else starts))
 
     def prompt(self, messages: Messages) -> str:

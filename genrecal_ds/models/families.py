@@ -1,4 +1,7 @@
-"""Lists facts per model family, as data without logic; transformers' tables say the rest.
+"""Lists what cannot be found out about a model family, as data; models/derived.py finds the rest.
+
+A class without an entry works if it passes the checks that are made when it is loaded. An entry
+says more than can be found out: what packs, what a backend gets wrong, how pictures are batched.
 
 `components` maps parameter-name prefixes to components; the longest matching prefix wins.
 `vision_inputs` says how a processor's image tensors of single samples become a batch:
@@ -14,16 +17,20 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
 CollateRule = Literal["rows", "tokens", "tiles", "canvas", "columns", "patches"]
 
 
 @dataclass(frozen=True)
 class Family:
-    components: dict[str, str]
+    components: dict[str, str] = field(default_factory=dict)  # {}: derived from the model
     vision_inputs: dict[str, CollateRule] = field(default_factory=dict)  # {}: reads text only
     packs: bool = True  # several samples in one sequence, exactly (models/packing.py)
     attention: str | None = None  # in place of transformers' choice, where that goes wrong
-    norm_adds_one: bool = False  # its norms multiply by 1 + weight
     # Questions attend in both directions, answers causally: one turn, whose tokens have type 1.
     # Such a processor writes text around pictures by itself; ours expands placeholders alone.
     prefix_lm: bool = False
@@ -51,7 +58,6 @@ def _seeing(vision: str, projectors: tuple[str, ...], language: str) -> dict[str
 
 _PIXELS: dict[str, CollateRule] = {"pixel_values": "rows"}
 _TEXT = Family(_language("model."))
-_GEMMA_TEXT = Family(_language("model."), norm_adds_one=True)
 _QWEN_VL = Family(
     components={
         "model.visual.": "vision",
@@ -80,7 +86,7 @@ _PALIGEMMA_TEMPLATE = (
     "{% if message.role == 'assistant' %}{% generation %}{{ text(message) }}{{ eos_token }}"
     "{% endgeneration %}{% else %}{{ text(message) }}{{ '\n' }}{% endif %}{% endfor %}"
 )
-_GEMMA = Family(_LLAVA, {**_PIXELS, "token_type_ids": "tokens"}, packs=False, norm_adds_one=True)
+_GEMMA = Family(_LLAVA, {**_PIXELS, "token_type_ids": "tokens"}, packs=False)
 
 FAMILIES: dict[str, Family] = {
     "qwen2_vl": _QWEN_VL,
@@ -106,7 +112,6 @@ FAMILIES: dict[str, Family] = {
         _seeing("vision_tower", ("merger", "vision_tower.vit_merger"), "language_model"),
         {"pixel_values": "columns", "target_sizes": "rows"},
         packs=False,  # linear attention carries its state over the border of two samples
-        norm_adds_one=True,
     ),
     "mistral3": Family(_LLAVA, _ANY_SIZE, needs_torchvision=True),
     "molmo2": Family(
@@ -139,9 +144,9 @@ FAMILIES: dict[str, Family] = {
         attention="eager",
         needs_torchvision=True,
     ),
-    "gemma": _GEMMA_TEXT,
-    "gemma2": _GEMMA_TEXT,
-    "gemma3_text": _GEMMA_TEXT,
+    "gemma": _TEXT,
+    "gemma2": _TEXT,
+    "gemma3_text": _TEXT,
     "internlm3": _TEXT,
     "llama": _TEXT,
     "mistral": _TEXT,
@@ -149,3 +154,24 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _TEXT,
     "qwen3": _TEXT,
 }  # fmt: skip
+# Reads text, pads, and derives its components: every class without an entry that reads text only.
+UNLISTED_TEXT = Family(packs=False)
+
+
+def family_of(model_type: str) -> Family:
+    """Return what is known of a family: its entry, or what holds for every class without one.
+
+    Raises KeyError for a class without an entry that sees.
+    """
+    sees = model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    if model_type in FAMILIES or sees or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return FAMILIES[model_type]
+    return UNLISTED_TEXT
+
+
+def is_known(model_type: str) -> bool:
+    """Whether a model_type has an entry, or reads text only and needs none."""
+    try:
+        return bool(family_of(model_type))
+    except KeyError:
+        return False

@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from genrecal_ds.models.config_file import read_config
+from genrecal_ds.models.derived import adds_one
+from genrecal_ds.models.language_head import logit_transform
 from genrecal_ds.models.loading import find_sources
 from genrecal_ds.models.tensor_files import Checkpoint, Source
-from genrecal_ds.models.vlm import logit_transform, read_config, skeleton
+from genrecal_ds.models.vlm import skeleton
 from genrecal_ds.ops.gemm import project_, wide
 from genrecal_ds.ops.head_loss import Head, HeadLoss, head_loss
 from genrecal_ds.ops.softcap import softcapped
@@ -64,8 +67,10 @@ def load_final_norm(folder: str | Path) -> Tensor | None:
     sources = find_sources(vlm.model, Checkpoint(folder))
     for name, _, component in vlm.components():
         if component == "norm" and name.endswith(".weight"):
-            weight = sources[name.removeprefix("model.")].tensor()
-            return weight + 1 if vlm.family.norm_adds_one else weight
+            own = name.removeprefix("model.")
+            weight = sources[own].tensor()
+            norm = vlm.model.get_submodule(own.removesuffix(".weight"))
+            return weight + 1 if adds_one(norm, len(weight)) else weight
     return None
 
 

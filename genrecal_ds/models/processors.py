@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.families import FAMILIES
+from genrecal_ds.models.families import FAMILIES, family_of, is_known
 from genrecal_ds.models.remote import is_allowed
 from genrecal_ds.models.tokenizer_files import check_tokenizer, is_plain
 
@@ -130,7 +130,7 @@ def build_processor(
 
 def backend(model_type: str) -> str:
     """The backend of a family's pixels: pil, torchvision, or none for a text-only model."""
-    family = FAMILIES[model_type]
+    family = family_of(model_type)
     if not family.vision_inputs:
         return "none"
     return "torchvision" if family.needs_torchvision else "pil"
@@ -141,7 +141,7 @@ def load_processor(folder: str | Path) -> ProcessorMixin | TextProcessor | Expan
     folder = Path(folder)
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     tokenizer = load_tokenizer(folder)
-    if model_type in FAMILIES and not FAMILIES[model_type].vision_inputs:
+    if is_known(model_type) and not family_of(model_type).vision_inputs:
         return TextProcessor(tokenizer)
     settings = _read(folder / "processor_config.json")
     image_settings = settings.pop("image_processor", None) or _read(

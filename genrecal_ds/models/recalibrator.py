@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, LlamaConfig, PreTrainedConfig
 
 from genrecal_ds.data.recalibrator_input import RecalibratorInput
 from genrecal_ds.errors import UserError
@@ -26,6 +26,11 @@ from genrecal_ds.ops.token_align import token_align
 from genrecal_ds.recipe.config import RecalibratorConfig
 
 FINAL_NORMS = ("norm", "embedding_norm")  # names of a decoder's last norm; the second is Lfm2's
+# Text models whose own decoder class makes the blocks; others get Llama's blocks in their sizes.
+OWN_BLOCKS = (
+    *MODEL_TYPES, "gemma", "gemma2", "gemma3_text", "internlm3", "lfm2", "molmo2_text",
+    "phi3", "phi4_multimodal", "qwen3_5_text",
+)  # fmt: skip
 NORM_EPS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon")
 Blocks = Literal["auto", "packed", "transformers"]
 Positions = Literal["new", "own"]
@@ -153,8 +158,15 @@ def unfilled(
     )  # fmt: skip
 
 
+def blocks_of(model_type: str) -> str:
+    """The text model whose blocks the Recalibrator of such a student has."""
+    return model_type if model_type in OWN_BLOCKS else "llama"
+
+
 def choose_blocks(model_type: str, blocks: Blocks, attention: Backend) -> Backend | None:
-    """The packed blocks' attention backend, or None for transformers' blocks."""
+    """The packed blocks' attention backend, or None for transformers' blocks. model_type: the
+    student's text model's."""
+    model_type = blocks_of(model_type)
     if blocks == "packed" or (blocks == "auto" and model_type in MODEL_TYPES):
         check_family(model_type)
         return attention
@@ -166,13 +178,32 @@ def choose_blocks(model_type: str, blocks: Blocks, attention: Backend) -> Backen
     return None
 
 
+def _plain(text_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Llama's blocks in a text model's sizes, for one whose own blocks are not known to be plain.
+
+    Experts, linear attention, compressed keys, or blocks that need more than hidden states: two new
+    blocks between two projections need none of it."""
+    heads = text_config.num_attention_heads
+    return LlamaConfig(
+        hidden_size=text_config.hidden_size,
+        intermediate_size=4 * text_config.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+        head_dim=max(2, text_config.hidden_size // heads // 2 * 2),
+        rms_norm_eps=norm_eps(text_config),
+        initializer_range=getattr(text_config, "initializer_range", 0.02),
+        rope_parameters=getattr(text_config, "rope_parameters", None),
+    )
+
+
 def block_config(text_config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     """The student's text config with `depth` full-attention blocks and plain RoPE of its theta.
 
     The blocks drop nothing (the paper's do not) and have no stretched RoPE (yarn, longrope, ..):
     they are new, and longrope's angles would depend on what else is in the batch.
     """
-    config = copy.deepcopy(text_config)
+    is_own = text_config.model_type in OWN_BLOCKS
+    config = copy.deepcopy(text_config if is_own else _plain(text_config))
     config.num_hidden_layers = depth
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * depth

@@ -1,28 +1,21 @@
 """Wraps any Hugging Face VLM or LLM as a body, a head and named components.
 
-Shapes: B batch, T sequence length, D width, N loss rows, V vocabulary.
+Shapes: B batch, T sequence length, D width, A rows for the Recalibrator, N target rows.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from genrecal_ds.data.batch import SideBatch
 from genrecal_ds.errors import UserError
-from genrecal_ds.models.families import FAMILIES
+from genrecal_ds.models.config_file import auto_class, read_config
+from genrecal_ds.models.derived import derived_components
+from genrecal_ds.models.families import family_of
+from genrecal_ds.models.language_head import LanguageHead, logit_transform, transformed
 from genrecal_ds.models.loading import load_full, stores_own_head, untie
 from genrecal_ds.models.packing import (
     Samples,
@@ -33,67 +26,9 @@ from genrecal_ds.models.packing import (
     unpacked,
 )
 from genrecal_ds.models.remote import is_allowed
-from genrecal_ds.ops.head_loss import Head
-from genrecal_ds.ops.linear_cross_entropy import linear_cross_entropy
-from genrecal_ds.ops.linear_distance import MATRICES, ChunkDistance, linear_distance
-from genrecal_ds.ops.softcap import softcapped
 
 # bf16 rounds twice on the two ways to the same logits; fp32 only orders sums differently.
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-
-
-class LogitTransform(NamedTuple):
-    """What a family does to logits after its head: softcap(scale * logits)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-
-Loss = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
-
-
-class LanguageHead(nn.Linear):
-    """A model's own output layer that can also compute a loss without all logits.
-
-    The loss is computed inside this module's forward, because ZeRO-3 has gathered the weight there.
-    Anywhere else the weight has no elements.
-    """
-
-    transform = LogitTransform()
-
-    def forward(self, rows: Tensor, loss: Loss | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits of rows [.., D] as the family's code expects them, before its transform.
-
-        With `loss`, return what `loss` makes of rows [N, D] and the head, transform included."""
-        if loss is None:
-            return super().forward(rows)
-        return loss(rows, Head(self.weight, self.bias, *self.transform))
-
-    def cross_entropy(
-        self, rows_ND: Tensor, labels_N: Tensor, row_weights_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(weighted sum, CE per row [N]); see ops/linear_cross_entropy.py."""
-        return self(
-            rows_ND, lambda rows, head: linear_cross_entropy(rows, labels_N, head, row_weights_N)
-        )
-
-    def distance(
-        self,
-        rows_ND: Tensor,
-        distance: ChunkDistance,
-        sizes: Sequence[int] | None = None,
-        teacher_vocabulary: int = 0,
-        matrices: int = MATRICES,
-    ) -> tuple[Tensor, Tensor]:
-        """(sum, distance per row [N]); see ops/linear_distance.py."""
-        options = {"teacher_vocabulary": teacher_vocabulary, "matrices": matrices}
-        return self(
-            rows_ND, lambda rows, head: linear_distance(rows, head, distance, sizes, **options)
-        )
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """The model's logits for rows [.., D], its transform included."""
-        return _transformed(self(rows), self.transform)
 
 
 class VLM(nn.Module):
@@ -112,7 +47,8 @@ class VLM(nn.Module):
         self.model = model
         self.adapter_scale: float | None = None  # with adapters (models/lora.py) in its layers
         model_type = model.config.model_type
-        self.family = FAMILIES[model_type]
+        self.family = family_of(model_type)
+        self.prefixes = self.family.components or derived_components(model)
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise UserError(
@@ -146,7 +82,7 @@ class VLM(nn.Module):
         for a family without facts in models/families.py, or a backend that would ignore a softcap.
         """
         config = read_config(folder)
-        attention = attention or FAMILIES[config.model_type].attention
+        attention = attention or family_of(config.model_type).attention
         _check_attention(folder, config, attention)
         model = _unfilled(folder, config, dtype, attention)
         if stores_own_head(model, folder):
@@ -205,7 +141,7 @@ class VLM(nn.Module):
         hidden = self.body(
             input_ids, mask, per_token, torch.arange(input_ids.numel()).to(mask.device)
         )
-        ours = _transformed(self.head(hidden).float(), self.head.transform)
+        ours = transformed(self.head(hidden).float(), self.head.transform)
         scale = own.abs().max().clamp(min=1.0)
         error = ((ours - own).abs().max() / scale).item()
         if not error <= SELF_CHECK_TOLERANCE.get(self.model.dtype, 3e-2):
@@ -234,7 +170,7 @@ class VLM(nn.Module):
 
     def component_of(self, name: str) -> str:
         """Component of one of our parameter names."""
-        return component_of(name.removeprefix("model."), self.family.components)
+        return component_of(name.removeprefix("model."), self.prefixes)
 
     def train_only(self, trained: tuple[str, ...]) -> None:
         """Set requires_grad by component.
@@ -269,15 +205,6 @@ def skeleton(folder: str | Path) -> VLM:
         return VLM.from_config(folder, torch.float32)
 
 
-def auto_class(config: PreTrainedConfig) -> type:
-    """The transformers factory of a family: multimodal or text only; else what its code names."""
-    if config.model_type in CONFIG_MAPPING:
-        has_eyes = bool(FAMILIES[config.model_type].vision_inputs)
-        return AutoModelForMultimodalLM if has_eyes else AutoModelForCausalLM
-    factories = (AutoModelForMultimodalLM, AutoModelForImageTextToText, AutoModelForCausalLM)
-    return next(f for f in factories if f.__name__ in config.auto_map)
-
-
 def _unfilled(
     folder: str | Path, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
@@ -298,50 +225,13 @@ def plain_model(folder: str | Path) -> PreTrainedModel:
     model = auto_class(config).from_pretrained(
         folder,
         dtype="auto",
-        attn_implementation=FAMILIES[config.model_type].attention,
+        attn_implementation=family_of(config.model_type).attention,
         trust_remote_code=is_allowed(folder),
     )
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if model.config.tie_word_embeddings and not is_tied:
         untie(model.config)
     return model
-
-
-def logit_transform(config: PreTrainedConfig) -> LogitTransform:
-    """Read the transform from a text config; VLM.check shows whether the config says everything."""
-    text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(text, "logits_scaling", None) or 1.0  # Granite divides
-    return LogitTransform(float(scale), getattr(text, "final_logit_softcapping", None))
-
-
-def _transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
-    logits = logits * transform.scale
-    return softcapped(logits, transform.softcap)
-
-
-def read_config(folder: str | Path) -> PreTrainedConfig:
-    """A folder's transformers config. Raises UserError for an unknown family."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no config.json; name a Hugging Face model folder")
-    stored = json.loads(path.read_text())
-    model_type = stored.get("model_type")
-    if model_type not in FAMILIES:
-        if "auto_map" in stored:
-            raise UserError(
-                f"{folder}: model_type {model_type} runs Python code of its own folder; take a "
-                "release that transformers knows, or list the files under allow_remote_code"
-            )
-        known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{folder}: model_type {model_type} has no adapter; known: {known}")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=is_allowed(folder))
-
-
-def text_width(folder: str | Path) -> int:
-    """The hidden size of a folder's language model."""
-    width: int = read_config(folder).get_text_config().hidden_size
-    return width
 
 
 def _check_attention(folder: str | Path, config: PreTrainedConfig, attention: str | None) -> None:

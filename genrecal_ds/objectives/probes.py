@@ -16,8 +16,8 @@ from torch import Tensor
 from genrecal_ds import IGNORE
 from genrecal_ds.data.batch import StudentBatch, TeacherBatch
 from genrecal_ds.models.head import FrozenHead
+from genrecal_ds.models.language_head import LanguageHead
 from genrecal_ds.models.recalibrator import Recalibrator
-from genrecal_ds.models.vlm import LanguageHead
 from genrecal_ds.objectives.base import Seen
 from genrecal_ds.objectives.report import Report
 

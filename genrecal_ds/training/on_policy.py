@@ -65,7 +65,8 @@ class OnPolicy:
         ]
         new = self.dataset.collate([pair for pairs in answered for pair in pairs])
         kept = (
-            "num_samples", "sample_ids", "used_ids", "unusable_ids", "unusable", "unreadable",
+            "num_samples", "sample_ids", "used_ids", "unusable_ids", "unusable", "unusable_keys",
+            "unreadable",
         )  # fmt: skip
         return new._replace(
             turns_of=tuple(sum(len(p.student.answers) for p in pairs) for pairs in answered),

@@ -10,7 +10,7 @@ from genrecal_ds.data.features import FeatureWriter
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.loader import PairDataset, PairEncoders
 from genrecal_ds.data.plan import PADDING, Order, StepPlan
-from genrecal_ds.models.vlm import text_width
+from genrecal_ds.models.config_file import text_width
 from genrecal_ds.recipe.config import Recipe
 from genrecal_ds.recipe.stage_config import StageConfig
 from genrecal_ds.training.inputs import Inputs

@@ -7,13 +7,14 @@ import torch
 from genrecal_ds import dist
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import check_backend
+from genrecal_ds.models.config_file import text_width
 from genrecal_ds.models.head import load_final_norm
 from genrecal_ds.models.loading import find_sources, load_buffers
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import Recalibrator, unfilled
 from genrecal_ds.models.replica import load_replica
 from genrecal_ds.models.tensor_files import Checkpoint
-from genrecal_ds.models.vlm import VLM, TeacherBody, skeleton, text_width
+from genrecal_ds.models.vlm import VLM, TeacherBody, skeleton
 from genrecal_ds.recipe.config import ModelSource, RecalibratorConfig, Recipe
 from genrecal_ds.recipe.recipe_file import load_ds_config
 from genrecal_ds.training.engine import (

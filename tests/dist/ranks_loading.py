@@ -10,8 +10,8 @@ import torch
 from deepspeed import zero
 
 from genrecal_ds import dist
+from genrecal_ds.models.config_file import auto_class, read_config
 from genrecal_ds.models.tensor_files import Checkpoint
-from genrecal_ds.models.vlm import auto_class, read_config
 from genrecal_ds.training import engine
 from genrecal_ds.training.weights import DTYPES, load_vlm_sharded
 

@@ -16,8 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from genrecal_ds.models.config_file import read_config
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.vlm import component_of, read_config
+from genrecal_ds.models.vlm import component_of
 from tests.fixtures import ROOT, environment, recipe_tree, run_ranks, write_recipe
 from tests.unit.models.test_loading_ties import another, with_head
 
@@ -171,7 +172,7 @@ def test_every_form_of_launch_starts_two_ranks(tmp_path, pair, shards, command):
     launched = subprocess.run(
         [str(program), *(names.get(word, word) for word in command[1:])],
         env=environment(DS_ACCELERATOR="cpu", PYTHONWARNINGS=""), cwd=ROOT, capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=300,
     )  # fmt: skip
     output = launched.stdout + launched.stderr
     assert launched.returncode == 0, output[-6000:]

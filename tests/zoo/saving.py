@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from genrecal_ds.models.config_file import auto_class
 from genrecal_ds.models.processors import TextProcessor, build_processor
-from genrecal_ds.models.vlm import auto_class
 from tests.zoo.tokenizers import BOS, BOT, END, SYSTEM, USER
 
 STD = 0.1  # of all matrices: at the usual 0.02 a picture hardly changes what so narrow a model says
@@ -65,11 +65,19 @@ def save_vlm(
     save(folder, AutoConfig.for_model(model_type, **config), processor)
 
 
-def save_text(folder: Path, tokenizer: PreTrainedTokenizerBase, chat_template: str, **config: Any):
-    """Write a text-only model."""
+def save_text(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    model_type: str,
+    own_keys: dict[str, Any] | None = None,
+    **config: Any,
+) -> None:
+    """Write a text-only model: config keys of the Llama shape, or a family's own_keys."""
     tokenizer.chat_template = chat_template
-    keys = llm(tokenizer, **config)
-    save(folder, AutoConfig.for_model(keys.pop("model_type"), **keys), TextProcessor(tokenizer))
+    keys = own_keys or llm(tokenizer, model_type, **config)
+    keys = {key: value for key, value in keys.items() if key != "model_type"}
+    save(folder, AutoConfig.for_model(model_type, **keys), TextProcessor(tokenizer))
 
 
 def save(folder: Path, config: Any, processor: Any) -> None:

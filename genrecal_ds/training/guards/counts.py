@@ -13,6 +13,7 @@ from genrecal_ds.errors import UserError
 MIN_SEEN = 100
 # A short run may meet a few damaged samples before a rate means anything.
 MIN_UNREADABLE = 10
+MAX_SHOWN = 20  # reasons with a key each; some hold a processor's own words
 
 
 class SampleCounts:
@@ -26,8 +27,16 @@ class SampleCounts:
         self.reasons: Counter[str] = Counter()  # of this rank, for the log
 
     def of(self, micro: Sequence[PairBatch]) -> list[int]:
-        """Return this rank's counts of one step, in the order of NAMES; print damaged keys."""
+        """Return this rank's counts of one step, in the order of NAMES; print damaged keys, and
+        the first key of each reason for which a sample is unusable."""
         for batch in micro:
+            for reason, key in zip(batch.unusable, batch.unusable_keys, strict=False):
+                if reason not in self.reasons and len(self.reasons) < MAX_SHOWN:
+                    print(
+                        f"rank {dist.rank()}: left out key {key}: {reason}; more are counted only",
+                        file=sys.stderr, flush=True,
+                    )  # fmt: skip
+                    self.reasons[reason] += 0
             self.reasons.update(batch.unusable)
             for line in batch.unreadable:
                 self.reasons["unreadable"] += 1

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genrecal_ds.data.decode import MAX_RECORD_BYTES, SampleError, decode_image, decode_record
+from genrecal_ds.data.decode import (
+    MAX_RECORD_BYTES,
+    SampleError,
+    decode_image,
+    decode_other,
+    decode_record,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -149,3 +155,33 @@ def test_bad_image(data: bytes, extension: str, reason: str) -> None:
     with pytest.raises(SampleError) as caught:
         decode_image(data, extension)
     assert caught.value.reason == reason
+
+
+def test_untaught_answers_are_context_of_a_taught_one() -> None:
+    first, second, third, last = turns(("user", "q"), ("assistant", "no"), ("user", "fix"),
+                                       ("assistant", "yes"))  # fmt: skip
+    context = {**second, "taught": False}
+    good = decode_record(json.dumps(record(messages=[first, context, third, last])).encode())
+    assert good.messages[1]["taught"] is False
+    bad = {
+        "taught": [[{**first, "taught": False}, last], [first, {**last, "taught": True}]],
+        "last_turn": [[first, context], [first, last, third, context]],
+    }
+    for reason, conversations in bad.items():
+        for messages in conversations:
+            with pytest.raises(SampleError) as caught:
+                decode_record(json.dumps(record(messages=messages)).encode())
+            assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["gif", "bmp", "tiff", "avif"])
+def test_other_formats_give_their_first_frame(name: str) -> None:
+    frames = [Image.new("RGB", (40, 20), color) for color in ((200, 30, 10), (0, 0, 250))]
+    buffer = io.BytesIO()
+    several = {"save_all": True, "append_images": frames[1:]} if name in ("gif", "tiff") else {}
+    frames[0].save(buffer, name.upper(), **several)
+    image = decode_other(buffer.getvalue(), name)
+    assert image.mode == "RGB" and image.size == (40, 20)
+    assert np.abs(np.subtract(image.getpixel((5, 5)), (200, 30, 10))).max() <= 6
+    with pytest.raises(SampleError):
+        decode_other(buffer.getvalue()[:30], name)

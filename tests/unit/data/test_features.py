@@ -187,3 +187,12 @@ def test_a_view_of_the_last_turn_alone_has_its_rows_alone():
     assert torch.equal(first.vision["rows"], found.rows_RH[:3])
     assert torch.equal(second.vision["rows"], found.rows_RH[3:])
     assert torch.equal(second.input_ids_T, found.tokens_R[3:])
+
+
+def test_untaught_answers_have_no_rows() -> None:
+    found = sample(1, 2, 3)
+    turns = [{"role": role} for role in ("user", "assistant") * 3]
+    turns[0:2] = [turns[0], {"role": "assistant", "taught": False}]
+    second = CachedView(found).encode(turns, [], last_turn=True)
+    assert second.answers == ((1, 4),) and second.vision["rows"].shape[0] == 4
+    assert second.input_ids_T.tolist() == found.tokens_R[3:].tolist()

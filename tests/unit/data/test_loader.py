@@ -127,6 +127,8 @@ def test_unusable_samples_are_counted_with_their_reason(dataset):
     batches = [batch for step in steps(dataset, last=20) for batch in step]
     reasons = [reason for batch in batches for reason in batch.unusable]
     assert set(reasons) == {"a left column"}
+    keys = [key for batch in batches for key in batch.unusable_keys]
+    assert len(keys) == len(reasons) and all("/0" in key for key in keys)
     assert all(batch.student.inputs.input_ids.shape[0] >= 1 for batch in batches)
 
 

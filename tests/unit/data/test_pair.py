@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from genrecal_ds.data.pair import EncodedChat, TooLong, Unusable, encode_pair
+from genrecal_ds.data.pair import (
+    EncodedChat,
+    TooLong,
+    Unusable,
+    encode_pair,
+    first_turns,
+    is_taught,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -33,7 +40,8 @@ class Letters:
                 ids += [ord(letter) for letter in letters for _ in range(self.per_letter)]
             if message["role"] == "assistant":
                 ids.append(0)
-                answers.append((start, len(ids)))
+                if is_taught(message):
+                    answers.append((start, len(ids)))
         return EncodedChat(torch.tensor(ids), tuple(answers), {}, {})
 
 
@@ -111,3 +119,14 @@ def test_truncate_question_falls_back_to_turns_where_answers_are_long() -> None:
     pair = encode_pair(messages, [], sides(1000, 10), "truncate_question")
     assert text_of(pair.student) == "qyes|" and pair.is_truncated
     assert messages == chat(("q", "yes"), ("r", "a very long answer")), "the input is not changed"
+
+
+def test_an_untaught_answer_counts_as_no_turn() -> None:
+    messages = chat(("q", "WRONG"), ("fix", "right"), ("more?", "no"))
+    messages[1]["taught"] = False
+    assert first_turns(messages, 1) == messages[:4] and first_turns(messages, 2) == messages
+    whole = encode_pair(messages, [], sides(200, 100))
+    assert len(whole.student.answers) == len(whole.teacher.answers) == 2  # type: ignore[union-attr]
+    cut = encode_pair(messages, [], sides(200, len("qWRONG|fixright|")), "drop")
+    assert text_of(cut.student) == "qWRONG|fixright|" and cut.is_truncated
+    assert [text_of(cut.student)[a:b] for a, b in cut.student.questions] == ["qWRONG|fix"]

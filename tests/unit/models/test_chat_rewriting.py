@@ -129,3 +129,27 @@ def test_the_teachers_rows_are_cached_by_turn_for_a_student_that_needs_one_seque
         read.student.labels_M[read.student.labels_M >= 0],
         batch.student.labels_M[batch.student.labels_M >= 0],
     )
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_an_untaught_answer_is_part_of_the_next_question_on_both_sides(zoo, thinker, rewrites):
+    messages = [dict(message) for message in MESSAGES]
+    messages[1]["taught"] = False
+    one = thinker if rewrites else zoo("qwen2_vl")
+    encoders = pairs_of(one, zoo("internvl"))
+    pairs = encoders.encode(messages, PICTURES)
+    assert len(pairs) == (2 if rewrites else 1)
+    for pair in pairs:
+        for encoder, view in zip(encoders.by_side.values(), pair.sides, strict=True):
+            taught = [
+                encoder.tokenizer.decode(view.input_ids_T[start:end]).strip()
+                for start, end in view.answers
+            ]
+            assert len(taught) == (1 if rewrites else 2)
+            assert "it is 7" + END not in taught
+            assert "it is 7" in encoder.tokenizer.decode(view.input_ids_T[: view.answers[0][0]])
+            if not rewrites:
+                whole = encoder.encode(MESSAGES, PICTURES)
+                assert view.input_ids_T.tolist() == whole.input_ids_T.tolist(), "the same text"
+    ends = [pair.student.answers[-1][1] for pair in pairs]
+    assert ends == sorted(ends)

@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from genrecal_ds.errors import UserError
+from genrecal_ds.models.config_file import auto_class, read_config
 from genrecal_ds.models.head import load_frozen_head
 from genrecal_ds.models.loading import find_sources, untie
 from genrecal_ds.models.replica import load_replica
 from genrecal_ds.models.saving import write_student
 from genrecal_ds.models.tensor_files import Checkpoint
-from genrecal_ds.models.vlm import auto_class, load_vlm, plain_model, read_config, skeleton
+from genrecal_ds.models.vlm import load_vlm, plain_model, skeleton
 from tests.unit.models.test_vlm_every_pair import CPU
 
 pytestmark = pytest.mark.unit

@@ -8,8 +8,9 @@ from PIL import Image
 from genrecal_ds.data.batch import collate, join_teacher
 from genrecal_ds.data.loader import PairEncoders
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.vlm import TeacherBody, load_vlm, plain_model, read_config
+from genrecal_ds.models.config_file import read_config
+from genrecal_ds.models.families import family_of
+from genrecal_ds.models.vlm import TeacherBody, load_vlm, plain_model
 from tests.zoo import ROWS
 
 pytestmark = pytest.mark.unit
@@ -17,7 +18,7 @@ GREEN, RED = (9, 200, 99), (250, 9, 9)
 
 
 def reads_images(folder):
-    return bool(FAMILIES[read_config(folder).model_type].vision_inputs)
+    return bool(family_of(read_config(folder).model_type).vision_inputs)
 
 
 def chat(*turns, system=None):
@@ -46,7 +47,7 @@ def samples(sees: bool, color=GREEN, turns: int = 2):
 
 def most_turns(*folders):
     """1 where one of the families reads a single question."""
-    one = any(FAMILIES[read_config(folder).model_type].prefix_lm for folder in folders)
+    one = any(family_of(read_config(folder).model_type).prefix_lm for folder in folders)
     return 1 if one else 2
 
 
@@ -90,7 +91,7 @@ def test_a_batch_equals_single_samples_of_the_family(zoo, row):
 @pytest.mark.parametrize("row", ROWS)
 def test_packed_samples_do_not_see_each_other(zoo, row):
     folder = zoo(row)
-    if not FAMILIES[read_config(folder).model_type].packs:
+    if not family_of(read_config(folder).model_type).packs:
         pytest.skip("the family does not pack")
     _, batch = encode(folder)
     padded, packed = load_vlm(folder).eval(), load_vlm(folder, pack=True).eval()

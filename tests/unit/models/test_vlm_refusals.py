@@ -5,6 +5,7 @@ Tokenizers: test_tokenizers.py. Code of a folder: test_remote_code.py.
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genrecal_ds.errors import UserError
-from genrecal_ds.models import vlm as vlm_module
+from genrecal_ds.models.families import FAMILIES
 from genrecal_ds.models.head import load_final_norm, load_frozen_head
-from genrecal_ds.models.vlm import VLM, LogitTransform, load_vlm
+from genrecal_ds.models.language_head import LogitTransform
+from genrecal_ds.models.vlm import VLM, load_vlm
 from tests.unit.models.test_vlm_every_pair import CPU
 
 pytestmark = pytest.mark.unit
@@ -51,9 +53,7 @@ def test_an_attention_that_would_ignore_a_softcap(zoo):
 
 
 def test_packing_where_samples_would_see_each_other(zoo, monkeypatch):
-    family = vlm_module.FAMILIES["internvl"]
-    facts = {"internvl": type(family)(family.components, family.vision_inputs, packs=False)}
-    monkeypatch.setattr(vlm_module, "FAMILIES", facts)
+    monkeypatch.setitem(FAMILIES, "internvl", replace(FAMILIES["internvl"], packs=False))
     with pytest.raises(UserError, match="pack: internvl samples do not stay apart"):
         VLM.from_config(zoo("internvl"), torch.float32, pack=True)
     assert VLM.from_config(zoo("internvl"), torch.float32, pack=None).pack is False

@@ -83,7 +83,8 @@ def test_each_trap_has_its_reason(pictures: Path, reasons: Reasons) -> None:
             item(0, image=None),
             item(0, image=["a.png", "a.png"]),
             item(0, "no mark", image=None, images=["a.png"]),
-            item(0, images=["a.png"]),
+            item(0, images=["sub/b.jpg"]),
+            item(0, image=""),
             {"image": "a.png", "messages": [{"role": "user", "content": [IMAGE, text("<image>")]}]},
         ],
         "image_path": [
@@ -93,7 +94,6 @@ def test_each_trap_has_its_reason(pictures: Path, reasons: Reasons) -> None:
             item(0, image="folder-out/secret.png"),
             item(0, image="sub"),
             item(0, image=7),
-            item(0, image=""),
         ],
         "image_missing": [item(0, image="gone.png")],
         "image_format": [item(0, image="x.jsonl")],
@@ -163,8 +163,8 @@ def test_memory_of_opening_lines_is_bounded(pictures: Path) -> None:
 def test_broken_lines_are_rejected_and_the_rest_read(pictures: Path, reasons: Reasons) -> None:
     good = json.dumps(item("good"))
     lines = [
-        good, "", '{"id": NaN}', '{"id": 1, "id": 2}', "{" * 9, "[" * 100_000, "\ufeff" + good,
-        good.replace("What", "\\ud800"), good[:-20],
+        good, "", '{"question": NaN}', '{"id": 1, "id": 2}', "{" * 9, "[" * 100_000,
+        "\ufeff" + good, good.replace("What", "\\ud800"), good[:-20],
     ]  # fmt: skip
     path = pictures / "x.jsonl"
     path.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe{}\n" + good.encode())
@@ -172,7 +172,7 @@ def test_broken_lines_are_rejected_and_the_rest_read(pictures: Path, reasons: Re
     assert found[0] == found[-1] == "good"
     # a lone surrogate is found when the record is encoded: data_tools.builder.check
     assert found[1:-1] == [
-        "record_json", "record_json", "record_json", "record_depth", "record_json", "good",
+        "field", "record_json", "record_json", "record_depth", "record_json", "good",
         "record_json", "text_encoding",
     ]  # fmt: skip
 

@@ -69,7 +69,9 @@ def source(request: Any, tmp_path: Path, png: Callable[..., bytes]) -> Source:
     if request.param == "save_to_disk":
         return open_source(str(folder))
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "val"]}))
-    with pytest.raises(UserError, match="choose --split of train, val"):
+    with pytest.raises(
+        UserError, match="splits train, val; choose --split train, or .*--split train.val"
+    ):
         open_source(str(folder))
     return open_source(str(folder), split="val")
 
@@ -122,7 +124,7 @@ def test_unreadable_and_digest(tmp_path: Path, png: Callable[..., bytes]) -> Non
     assert open_source(str(path)).digest == before
     write_parquet(path, rows(png)[:-1])
     assert open_source(str(path)).digest != before
-    with pytest.raises(UserError, match="is no DatasetDict"):
+    with pytest.raises(UserError, match="has no file named after a split"):
         open_source(str(path), split="train")
 
 
@@ -233,3 +235,31 @@ def test_pyarrow_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install genrecal_ds\[parquet\]"):
         open_source(str(tmp_path / "x.parquet"))
+
+
+def test_columns_of_the_field(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    """Numbered pictures, unread columns by name, and content that is refused before it is lost."""
+    picture = {"bytes": png(1), "path": None}
+    base = {"question": "<image 2> or <image 1>?", "answer": 1, "choices": ["x", "y"],
+            "image_1": picture, "image_2": {"bytes": png(2), "path": None}, "image_3": None,
+            "embedding": [0.5], "score": 3, "rationale": None}  # fmt: skip
+    write_parquet(tmp_path / "x.parquet", [base])
+    (row,) = open_source(str(tmp_path / "x.parquet")).rows(0, 1)
+    assert isinstance(row, RawSample)
+    assert row.images == [("png", png(2)), ("png", png(1))] and row.answers == ["B"]
+    assert row.unread == ["embedding", "score"], "known without reading them"
+    write_parquet(tmp_path / "x.parquet", [{**base, "rationale": "since"}])
+    with pytest.raises(UserError, match="'rationale' looks like content .*--ignore rationale"):
+        list(open_source(str(tmp_path / "x.parquet")).rows(0, 1))
+    (row,) = open_source(str(tmp_path / "x.parquet"), ignore=["rationale"]).rows(0, 1)
+    assert isinstance(row, RawSample) and "rationale" in row.unread
+
+
+def test_a_hubs_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        write_parquet(tmp_path / f"data/{name}.parquet", [{"question": name, "answer": "a"}])
+    with pytest.raises(UserError, match="splits train, test"):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path), split="train")) == 1
+    assert len(open_source(str(tmp_path), split="train+test")) == 2

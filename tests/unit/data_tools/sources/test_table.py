@@ -63,7 +63,7 @@ def test_vlmevalkit_layout(pictures: Path) -> None:
 
 
 def test_options_keep_their_letters(pictures: Path, reasons: Reasons) -> None:
-    """Closing a gap would move the right answer to another letter."""
+    """Closing a gap would move the right answer to another letter. An option's text means it."""
     path = write(
         pictures / "x.csv",
         ["index", "question", "A", "B", "C", "answer"],
@@ -74,7 +74,7 @@ def test_options_keep_their_letters(pictures: Path, reasons: Reasons) -> None:
         ["5", "q", "", "", "", "free"],
         ["6", "q", "one", "two", "", "B"],
     )
-    assert reasons(open_source(str(path))) == ["options", "options", "answer", "answer", "5", "6"]
+    assert reasons(open_source(str(path))) == ["options", "options", "answer", "4", "5", "6"]
 
 
 def test_marks_place_the_picture(pictures: Path, reasons: Reasons) -> None:
@@ -138,3 +138,38 @@ def test_unreadable_tables(pictures: Path) -> None:
     before = open_source(str(path)).digest
     write(path, ["question", "answer"], ["q", "b"])
     assert open_source(str(path)).digest != before
+
+
+def test_more_of_vlmevalkit(pictures: Path, png: Callable[..., bytes], reasons: Reasons) -> None:
+    """The index of another row for its picture, lists of pictures, options as a list, nan."""
+    one, two = (base64.b64encode(png(red) + bytes(80)).decode() for red in (40, 50))
+    header = ["index", "image", "question", "hint", "A", "B", "C", "options", "answer", "category"]
+    path = write(
+        pictures / "x.tsv",
+        header,
+        ["0", one, "q", "nan", "x", "y", "nan", "", "B", "logic"],
+        ["1", "0", "q", "", "x", "y", "", "", "A", "logic"],
+        ["2", f"['{one}', '{two}']", "q", "", "", "", "", "['x', 'y']", "x", ""],
+        ["3", "9", "q", "", "x", "y", "", "", "A", ""],
+        ["4", "", "q", "", "", "", "", "", "nan", ""],
+    )
+    source = open_source(str(path))
+    assert reasons(source) == ["0", "1", "2", "image_missing", "answer"]
+    zero, first, second, third, _ = source.rows(0, 5)
+    for row, count in ((zero, 1), (first, 1), (second, 2)):
+        assert isinstance(row, RawSample) and len(row.images) == count
+        assert row.messages[0]["content"][-1]["text"] == f"q\nA. x\nB. y\n{CHOOSE_LETTER}"
+    assert isinstance(zero, RawSample) and isinstance(second, RawSample)
+    assert (zero.blank, zero.kind, second.answers) == (["hint", "A to Z"], "logic", ["A"])
+    assert second.images[1][1].startswith(png(50))
+    assert getattr(third, "source_id", "") == "3", "a reject carries its id"
+
+
+def test_conversations_in_a_table(pictures: Path) -> None:
+    turns = '[{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "x"}]'
+    path = write(pictures / "x.csv", ["conversations", "image_path"], [turns, "a.png"])
+    (row,) = open_source(str(path)).rows(0, 1)
+    assert isinstance(row, RawSample) and len(row.images) == 1 and len(row.messages) == 2
+    with pytest.raises(UserError, match="key 'system_text' looks like content"):
+        path = write(pictures / "x.csv", ["question", "answer", "system_text"], ["q", "x", "s"])
+        list(open_source(str(path)).rows(0, 1))

@@ -274,3 +274,24 @@ def test_option_of_another_format(official: Path, capsys: pytest.CaptureFixture[
     command = [str(official / "vqav2"), "--format", "vqav2", "--num-samples", "3", "--out", "x"]
     assert main(command) == 2
     assert "--num-samples: --format vqav2 does not take it" in capsys.readouterr().err
+
+
+UNREAD = {
+    ("vqav2", "vqav2", "val"): "question_type",
+    ("textvqa", "textvqa", "val"): "image_classes",
+    ("refcoco", "refcoco+", "testA"): "file_name",
+    ("chartqa", "chartqa", "val"): "",
+    ("docvqa", "docvqa", "val"): "data_split",
+}
+
+
+@pytest.mark.parametrize("case", UNREAD, ids="-".join)
+def test_rejects_carry_ids_and_keys_are_accounted_for(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: tuple[str, str, str]
+) -> None:
+    build(official, tmp_path / "out", *case)
+    lines = (tmp_path / "out/rejects.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["source_id"] for line in lines)
+    table = capsys.readouterr().out
+    assert "\n  read " in table and "\n  rejected " in table
+    assert f"\n  unread    {UNREAD[case]} " in table or not UNREAD[case]

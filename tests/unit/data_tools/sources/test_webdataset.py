@@ -14,8 +14,9 @@ import pytest
 
 from data_tools.build import main
 from data_tools.builder import build as build_shards
-from data_tools.sources import RawSample, Rows, Source, webdataset
-from data_tools.sources.webdataset import CAPTION_QUESTION, open_source
+from data_tools.sources import RawSample, Rejected, Rows, Source, webdataset
+from data_tools.sources.items import CAPTION_QUESTION
+from data_tools.sources.webdataset import open_source
 from genrecal_ds.data.index import ShardIndex
 from genrecal_ds.data.reader import ShardReader
 from genrecal_ds.errors import UserError
@@ -98,20 +99,34 @@ class Payload:
 @pytest.mark.parametrize(
     "extension",
     ["pyd", "pickle", "pkl", "PYD", "Pickle", "x.pkl", "pyd.gz", "pkl.gz", "npy", "pth", "pt",
-     "ten", "mp", "cbor", "json.gz", "jpg.pyd", "pyd.jpg", "seg.png", "meta.json", "x.txt", ""],
+     "ten", "mp", "cbor", "json.gz", "jpg.pyd", "cls", ""],
 )  # fmt: skip
-def test_foreign_members_are_refused_and_never_run(
+def test_foreign_members_are_counted_and_never_opened(
     tmp_path: Path, png: Callable[..., bytes], extension: str
 ) -> None:
     marker = tmp_path / "marker"
     payload = pickle.dumps(Payload(marker))
     data = gzip.compress(payload) if extension.endswith("gz") else payload
     name = f"a.{extension}" if extension else "a"
-    path = write(tmp_path / "x.tar", [("a.png", png(1)), (name, data)])
-    with pytest.raises(UserError, match=r"x\.tar: 'a.*members are read, nothing else"):
+    members = [("a.png", png(1)), ("a.txt", b"it"), (name, data), ("._a.png", data)]
+    path = write(tmp_path / "x.tar", members)
+    (row,) = open_source(str(path)).rows(0, 1)
+    assert isinstance(row, RawSample)
+    assert row.unread == [f".{extension.lower()}", "dot files"]
+    assert main([str(path), "--format", "webdataset", "--out", str(tmp_path / "out")]) == 0
+    assert len(ShardIndex.load(tmp_path / "out")) == 1 and not marker.exists()
+
+
+@pytest.mark.parametrize("extension", ["pyd.jpg", "seg.png", "meta.json", "x.txt", "mp4"])
+def test_members_that_look_like_content_end_the_build(
+    tmp_path: Path, png: Callable[..., bytes], extension: str
+) -> None:
+    members = [("a.png", png(1)), ("a.txt", b"it"), (f"a.{extension}", b"x")]
+    path = write(tmp_path / "x.tar", members)
+    with pytest.raises(UserError, match=r"x\.tar: 'a.*looks like content.* --ignore " + extension):
         open_source(str(path))
-    assert main([str(path), "--format", "webdataset", "--out", str(tmp_path / "out")]) == 2
-    assert not marker.exists() and not (tmp_path / "out/manifest.json").exists()
+    (row,) = open_source(str(path), ignore=[extension]).rows(0, 1)
+    assert isinstance(row, RawSample) and row.unread == [f".{extension}"]
 
 
 @pytest.mark.parametrize("name", ["../../a.png", "/etc/a.png", "x/../../a.png", "a\\b.png"])
@@ -236,5 +251,61 @@ def test_folder_and_digest(tmp_path: Path, png: Callable[..., bytes], reasons: R
     (tmp_path / "c.tar").symlink_to(tmp_path / "a.tar")
     with pytest.raises(UserError, match=r"c\.tar"):
         open_source(str(tmp_path))
-    with pytest.raises(UserError, match=r"holds no \.tar"):
+    with pytest.raises(UserError, match=r"lacks any \.tar"):
         open_source(str(tmp_path / "nowhere"))
+
+
+def test_the_names_in_the_json_decide_the_order(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    turns = {"conversations": [{"from": "human", "value": "<image><image>"},
+                               {"from": "gpt", "value": "a"}]}  # fmt: skip
+    pictures = [("k.0.png", png(1)), ("k.1.png", png(2))]
+    for names, order in (
+        (["k.1.png", "k.0.png"], [2, 1]), (["x/1.png", "x/0.png"], [2, 1]),
+        (["left.png", "right.png"], [1, 2]), (None, [1, 2]), (["k.1.png", "left.png"], []),
+        (["left.png"], []),
+    ):  # fmt: skip
+        record = json.dumps({**turns, "images": names}).encode()
+        path = write(tmp_path / "x.tar", [*pictures, ("k.json", record)])
+        (row,) = open_source(str(path)).rows(0, 1)
+        if order:
+            assert isinstance(row, RawSample)
+            assert row.images == [("png", png(number)) for number in order]
+        else:
+            assert isinstance(row, Rejected) and row.reason == "image_count"
+            assert "the json names" in row.detail and row.source_id == "k"
+
+
+def test_captions_and_facts_of_other_peoples_shards(
+    tmp_path: Path, png: Callable[..., bytes], reasons: Reasons
+) -> None:
+    facts = b'{"url": "u", "caption": "a cat", "similarity": NaN, "status": "ok", "kind": "x"}'
+    members = [
+        ("0.jpg", png(1, "JPEG")), ("0.json", facts), ("0.txt", b"\xef\xbb\xbfa cat\r\n"),
+        ("1.gif", png(2, "GIF")), ("1.json", facts),
+        ("2.png", png(3)), ("2.txt", b"nan"), ("3.png", png(3)), ("3.txt", "\u200b".encode()),
+        ("4.png", png(3)), ("4.cls", b"7"), ("README", b"hello"), (".DS_Store", b"x"),
+    ]  # fmt: skip
+    source = open_source(str(write(tmp_path / "x.tar", members)))
+    assert reasons(source) == ["0", "1", "empty_answer", "empty_answer", "members"]
+    zero, one, *_ = source.rows(0, 5)
+    assert isinstance(zero, RawSample) and isinstance(one, RawSample)
+    for row in (zero, one):
+        assert row.messages[1]["content"][0]["text"] == "a cat" and row.read == ["caption"]
+    assert zero.blank == ["caption"] and zero.unread == ["status", ".", "dot files"]
+    assert zero.kind == "webdataset" and one.images[0][0] == "png"
+    other = facts.replace(b"a cat", b"a dog")
+    path = write(tmp_path / "y.tar", [("0.png", png(1)), ("0.json", other), ("0.txt", b"a cat")])
+    with pytest.raises(UserError, match="'json caption' looks like content"):
+        list(open_source(str(path)).rows(0, 1))
+
+
+def test_shards_behind_links_of_a_hubs_cache(tmp_path: Path, png: Callable[..., bytes]) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots"
+    blobs.mkdir()
+    snapshot.mkdir()
+    write(blobs / "f00d", [("a.png", png(1)), ("a.txt", b"one")])
+    (snapshot / "train-0.tar").symlink_to("../blobs/f00d")
+    with pytest.raises(UserError, match="--allow-links names the folder"):
+        open_source(str(snapshot))
+    (row,) = open_source(str(snapshot), links=str(blobs)).rows(0, 1)
+    assert isinstance(row, RawSample) and row.source_id == "a"
