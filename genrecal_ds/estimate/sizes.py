@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from genrecal_ds.estimate.describe import describe
 from genrecal_ds.estimate.memory import Decoder, Load, Model, Zero
+from genrecal_ds.models.derived import blocks_in, inner_width, num_heads
 from genrecal_ds.models.lora import add_adapters
 from genrecal_ds.models.recalibrator import choose_blocks
 from genrecal_ds.models.vlm import VLM, skeleton
@@ -67,18 +68,18 @@ def _beside_teacher(load: Load, recipe: Recipe, stage: StageConfig, student: VLM
 def model_of(vlm: VLM, keeps_whole: int) -> Model:
     """Measure a model. keeps_whole: ZeRO-3 shards no tensor of at most so many numbers."""
     text = vlm.text_config
-    heads = text.num_attention_heads
+    heads = num_heads(text)
     decoder = Decoder(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=inner_width(text),
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
     )
     numbers = [parameter.numel() for parameter in vlm.parameters()]
     own = (sum(p.numel() for p in m.parameters(recurse=False)) for m in vlm.modules())
-    layers = [module for layer in vlm.model.get_decoder().layers for module in layer.modules()]
+    layers = blocks_in(vlm.model.get_decoder()).modules()
     matrices = [module.weight.numel() for module in layers if isinstance(module, nn.Linear)]
     vision = [p.numel() for _, p, part in vlm.components() if part == "vision"]
     return Model(

@@ -9,7 +9,7 @@ import re
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Parts inside an encoder, or beside it, that make its features the decoder's.
 PROJECTS = re.compile(
@@ -31,20 +31,35 @@ def derived_components(model: PreTrainedModel) -> dict[str, str]:
         children = (name for name, _ in encoder.named_children() if PROJECTS.search(name))
         found |= {f"{prefix}{name}.": "projector" for name in children}
     prefix = names.get(id(decoder), "")
-    found.setdefault(prefix, "layers")
-    if prefix:
-        found[prefix] = "layers"
+    found[prefix] = "layers"
     for name, child in decoder.named_children():
         own = f"{prefix}{name}."
         if child is model.get_input_embeddings() or isinstance(child, nn.Embedding):
             found[own] = "embeddings"
         elif name in FINAL_NORMS:
             found[own] = "norm"
-        elif name == "layers":
-            found[own] = "layers"
     found[names[id(model.get_input_embeddings())]] = "embeddings"
     found[names[id(model.get_output_embeddings())]] = "head"
     return found
+
+
+def blocks_in(decoder: nn.Module) -> nn.ModuleList:
+    """A decoder's blocks, by whatever name: its list of modules with the most parameters."""
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def num_heads(text_config: PreTrainedConfig) -> int:
+    """The number of attention heads; of a model without attention, heads of 64 in its width."""
+    heads = getattr(text_config, "num_attention_heads", None)
+    return heads or max(1, text_config.hidden_size // 64)
+
+
+def inner_width(text_config: PreTrainedConfig) -> int:
+    """The width inside a block's MLP, by the names that configs give it."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    widths = (getattr(text_config, name, None) for name in names)
+    return next(filter(None, widths), 4 * text_config.hidden_size)
 
 
 def find_encoders(model: PreTrainedModel) -> list[nn.Module]:

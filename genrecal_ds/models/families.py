@@ -159,19 +159,16 @@ UNLISTED_TEXT = Family(packs=False)
 
 
 def family_of(model_type: str) -> Family:
-    """Return what is known of a family: its entry, or what holds for every class without one.
-
-    Raises KeyError for a class without an entry that sees.
-    """
-    sees = model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-    if model_type in FAMILIES or sees or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return FAMILIES[model_type]
-    return UNLISTED_TEXT
+    """Return what is known of a family. Raises KeyError where nothing is: see is_known."""
+    return UNLISTED_TEXT if _is_unlisted_text(model_type) else FAMILIES[model_type]
 
 
 def is_known(model_type: str) -> bool:
     """Whether a model_type has an entry, or reads text only and needs none."""
-    try:
-        return bool(family_of(model_type))
-    except KeyError:
-        return False
+    return model_type in FAMILIES or _is_unlisted_text(model_type)
+
+
+def _is_unlisted_text(model_type: str) -> bool:
+    sees = model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    is_text = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not sees
+    return is_text and model_type not in FAMILIES

@@ -20,6 +20,7 @@ from transformers import AutoModel, LlamaConfig, PreTrainedConfig
 from genrecal_ds.data.recalibrator_input import RecalibratorInput
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.attention import Backend
+from genrecal_ds.models.derived import num_heads
 from genrecal_ds.models.packed_blocks import MODEL_TYPES, check_family, packed_forward
 from genrecal_ds.models.packing import OURS
 from genrecal_ds.ops.token_align import token_align
@@ -183,7 +184,7 @@ def _plain(text_config: PreTrainedConfig) -> PreTrainedConfig:
 
     Experts, linear attention, compressed keys, or blocks that need more than hidden states: two new
     blocks between two projections need none of it."""
-    heads = text_config.num_attention_heads
+    heads = num_heads(text_config)
     return LlamaConfig(
         hidden_size=text_config.hidden_size,
         intermediate_size=4 * text_config.hidden_size,

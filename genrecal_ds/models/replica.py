@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from transformers.initialization import no_init_weights
 
 from genrecal_ds.errors import UserError
+from genrecal_ds.models.derived import blocks_in
 from genrecal_ds.models.loading import find_sources, load_buffers
 from genrecal_ds.models.tensor_files import Checkpoint
 from genrecal_ds.models.vlm import VLM
@@ -37,9 +38,7 @@ def load_replica(
         vlm = VLM.from_config(folder, dtype, pack, attention).requires_grad_(False).eval()
     quantize = int8_quantizer() if int8 else None
     sources = find_sources(vlm.model, Checkpoint(folder))
-    in_decoder = {
-        id(module) for layer in vlm.model.get_decoder().layers for module in layer.modules()
-    }
+    in_decoder = set(map(id, blocks_in(vlm.model.get_decoder()).modules()))
     load_buffers(vlm.model, sources)
     filled: set[int] = set()  # of tied weights, which two modules share
     for prefix, module in vlm.model.named_modules():

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from genrecal_ds.data.batch import SideBatch
 from genrecal_ds.errors import UserError
 from genrecal_ds.models.config_file import auto_class, read_config
-from genrecal_ds.models.derived import derived_components
+from genrecal_ds.models.derived import blocks_in, derived_components
 from genrecal_ds.models.families import family_of
 from genrecal_ds.models.language_head import LanguageHead, logit_transform, transformed
 from genrecal_ds.models.loading import load_full, stores_own_head, untie
@@ -118,7 +118,7 @@ class VLM(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile of each decoder block by itself; equal blocks share their code."""
-        for block in self.model.get_decoder().layers:
+        for block in blocks_in(self.model.get_decoder()):
             block.compile(dynamic=True)
 
     @torch.no_grad()
@@ -147,8 +147,8 @@ class VLM(nn.Module):
         if not error <= SELF_CHECK_TOLERANCE.get(self.model.dtype, 3e-2):
             raise UserError(
                 f"{type(self.model).__name__}: head(body(x)) differs from its logits by "
-                f"{error:.1e}: it changes them behind the head in a way that models/vlm.py, "
-                "logit_transform, does not know; add it there"
+                f"{error:.1e}: it does more behind its body than logit_transform in "
+                "models/language_head.py knows; add it there, or take another class"
             )
 
     @property

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from genrecal_ds.errors import UserError
+from genrecal_ds.estimate.sizes import model_of
 from genrecal_ds.models.chat import ChatEncoder
-from genrecal_ds.models.derived import adds_one
+from genrecal_ds.models.derived import adds_one, blocks_in
 from genrecal_ds.models.families import FAMILIES
-from genrecal_ds.models.recalibrator import OWN_BLOCKS
+from genrecal_ds.models.recalibrator import OWN_BLOCKS, Recalibrator
 from genrecal_ds.models.saving import write_student
-from genrecal_ds.models.vlm import load_vlm
+from genrecal_ds.models.vlm import load_vlm, skeleton
 from tests.unit.models.test_vlm_every_family import chat
 from tests.unit.models.test_vlm_every_pair import stage
 from tests.zoo import any_text
@@ -91,6 +92,18 @@ def test_a_student_of_it_is_a_plain_folder_again(written, model_type, tmp_path):
     ids = torch.arange(9)[None]
     mask = torch.ones_like(ids)
     torch.testing.assert_close(again.body(ids, mask, {}), vlm.body(ids, mask, {}), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "mamba", "mpt", "gpt_oss"])
+def test_sizes_and_blocks_are_found_whatever_they_are_called(written, model_type):
+    vlm = skeleton(written(model_type))
+    assert len(blocks_in(vlm.model.get_decoder())) == any_text.LAYERS
+    decoder = model_of(vlm, 0).decoder
+    assert (decoder.layers, decoder.hidden) == (any_text.LAYERS, any_text.WIDTH)
+    assert decoder.intermediate in (64, 128) and decoder.heads in (1, any_text.HEADS)
+    with torch.device("meta"):
+        blocks = Recalibrator(vlm.text_config, 24).blocks
+    assert len(blocks.layers) == 2 and blocks.config.hidden_size == any_text.WIDTH
 
 
 def test_a_class_whose_logits_we_cannot_make_is_refused_by_the_proof_that_fails(written):
