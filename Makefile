@@ -49,7 +49,7 @@ test-real: setup ## released models and tokenizers, which this fetches; needs np
 	.venv/bin/python -m launch.real.releases $(RELEASED)
 	$(IN_VENV) .venv/bin/python -m pytest -m real -n 2 --dist loadfile tests/real
 
-real: setup ## a released model distilled into another, under an hour on 2 cores (STEPS=80, SEEDS=1)
+real: setup ## a released model distilled into another, on the CPU (STEPS=80, SEEDS=1)
 	@STEPS='$(STEPS)' SEEDS='$(SEEDS)' launch/studies/real.sh
 
 chaos: setup ## kill a random rank at a random time, N=20 runs, and compare the results

@@ -39,10 +39,6 @@ class EncodedChat:
         ends = (0, *(end for _, end in self.answers))
         return tuple((end, start) for end, (start, _) in zip(ends, self.answers, strict=False))
 
-    def last_turn(self) -> "EncodedChat":
-        """Make everything before the last answer its question."""
-        return replace(self, answers=self.answers[-1:])
-
     def cut(self, num_turns: int) -> "EncodedChat":
         """Keep the first num_turns turns; vision inputs are kept whole."""
         end = self.answers[num_turns - 1][1]

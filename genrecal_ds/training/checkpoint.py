@@ -40,6 +40,8 @@ from genrecal_ds.training.manifest import (
 )
 
 SAVES = "saves.jsonl"
+# Of checkpoints that do not state it: the size that DeepSpeed took by itself.
+OLD_LAYOUT = {"sub_group_size": 1_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Checkpoints:
         written = {}
         for of_rank in dist.gather_objects(files.written):
             written |= of_rank
-        facts = {**facts, "step": step, "world_size": dist.world_size()}
+        facts = {**facts, "step": step, **engine.layout}
         dist.raise_together(self._on_main(self._publish, temporary, final, facts, written, start))
 
     def find(self, resume: str) -> Path | None:
@@ -120,7 +122,7 @@ class Checkpoints:
         facts: dict[str, Any],
         may_differ: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """Restore a verified checkpoint of the same run, of any world size; return its manifest.
+        """Restore a verified checkpoint of the same run, of any layout; return its manifest.
 
         Raises UserError naming what differs: a run never starts silently from step 0.
         """
@@ -135,7 +137,7 @@ class Checkpoints:
                     f"{value!r}; resume with the same, or set resume=never and another run_dir"
                     + (", or resume=new_data to begin an epoch of the new order" if data else "")
                 )
-        if manifest["world_size"] == dist.world_size():
+        if engine.layout.items() <= (OLD_LAYOUT | manifest).items():
             engine.load(self.folder, path.name)
             return manifest
         universal = self.folder / f"{path.name}.universal.tmp"

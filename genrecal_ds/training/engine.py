@@ -199,6 +199,12 @@ class StudentEngine:
         )  # fmt: skip
         self.module: nn.Module = self._engine.module
 
+    @property
+    def layout(self) -> dict[str, int]:
+        """What decides which numbers a rank's optimizer files hold, and in which order."""
+        sub_group_size = self._engine.zero_sub_group_size()
+        return {"world_size": dist.world_size(), "sub_group_size": sub_group_size}
+
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
 

@@ -135,6 +135,15 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path, pair, shards):
         assert ledgers[0] == ledgers[1]
     assert not list((tmp_path / "eight/sft/checkpoints").glob("*universal*"))
 
+    # Another file of DeepSpeed's cuts the optimizer's numbers into other groups.
+    path = Path(tree["deepspeed"]["student"])
+    config = json.loads(path.read_text())
+    config["zero_optimization"]["sub_group_size"] //= 8
+    path.write_text(json.dumps(config))
+    assert "resumed at step 2" in go_on("regrouped", "four", 2, 4)
+    for line, expected in zip(records(tmp_path / "regrouped/sft"), whole, strict=True):
+        assert line["metrics"]["loss"] == pytest.approx(expected["metrics"]["loss"], rel=1e-6)
+
 
 @pytest.mark.dist
 def test_a_named_checkpoint_is_of_the_first_unfinished_stage(tmp_path, pair, shards):
