@@ -54,6 +54,11 @@ class VLM(nn.Module):
             raise UserError(
                 f"{type(model).__name__}: head {type(head).__name__} has no adapter yet"
             )
+        if model.base_model is model:
+            raise UserError(
+                f"{type(model).__name__}: transformers runs its body with its head alone, so its "
+                "hidden states cannot be had; take another class"
+            )
         if pack and not self.family.packs:
             raise UserError(
                 f"pack: {model_type} samples do not stay apart in one sequence; leave it out"

@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -20,6 +21,7 @@ from tests.zoo.saving import save_text, template
 from tests.zoo.tokenizers import Kind, train
 
 WIDTH, LAYERS, HEADS = 32, 2, 4
+LARGEST = 50_000_000  # parameters
 # Sizes by the names that configs give them. A config takes those that it has.
 SIZES: dict[str, Any] = {
     "hidden_size": WIDTH, "n_embd": WIDTH, "d_model": WIDTH, "dim": WIDTH,
@@ -63,9 +65,16 @@ def tiny_config(model_type: str, vocab_size: int) -> dict[str, Any]:
 
 
 def write(model_type: str, folder: Path, kind: Kind = "byte_bpe") -> Path:
-    """Write a tiny random model of a class as a Hugging Face folder."""
+    """Write a tiny random model of a class as a Hugging Face folder.
+
+    Raises ValueError for a class that stays large, because its config has other names for sizes.
+    """
     tokenizer = train(kind, [])
     keys = tiny_config(model_type, len(tokenizer))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys))
+    if (size := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
+        raise ValueError(f"{size:,} parameters")
     keys |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     save_text(folder, tokenizer, template(""), model_type, own_keys=keys)
     return folder
@@ -83,7 +92,7 @@ def outcome(model_type: str) -> str:
         try:
             write(model_type, folder)
         except Exception as error:  # its config needs sizes of its own
-            return f"no tiny model: {type(error).__name__}"
+            return f"no tiny model: {type(error).__name__}: {error}"
         try:
             vlm = load_vlm(folder).eval()
             vlm.check(ChatEncoder(folder, 500).encode(PROBE, []).input_ids_T[None])

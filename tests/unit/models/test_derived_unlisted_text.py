@@ -106,6 +106,11 @@ def test_sizes_and_blocks_are_found_whatever_they_are_called(written, model_type
     assert len(blocks.layers) == 2 and blocks.config.hidden_size == any_text.WIDTH
 
 
+def test_a_class_whose_body_cannot_be_run_alone_is_refused(written):
+    with pytest.raises(UserError, match="Llama4ForCausalLM: transformers runs its body with its"):
+        check(written("llama4_text"))
+
+
 def test_a_class_whose_logits_we_cannot_make_is_refused_by_the_proof_that_fails(written):
     with pytest.raises(UserError, match=r"BertLMHeadModel: head\(body\(x\)\) differs"):
         check(written("bert"))
