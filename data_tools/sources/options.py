@@ -24,7 +24,7 @@ def options_of(item: dict[str, Any], seen: Seen) -> list[str]:
         seen.read[key] = None
         if not is_blank(item.get(key)):
             found[key] = _texts(key, _listed_options(key, item[key]), seen)
-    if "A" in item or any(letter in item for letter in ascii_uppercase):
+    if any(letter in item for letter in ascii_uppercase):
         letters = [letter for letter in ascii_uppercase if letter in item]
         seen.read.update(dict.fromkeys(letters))
         columns = [item.get(letter) for letter in ascii_uppercase]
